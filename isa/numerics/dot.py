@@ -63,9 +63,7 @@ def chunk_sum(weights: F32Array, x: F32Array) -> F32Array:
     return from_bits(np.where(nan, CANONICAL_NAN, bits_of(value)))
 
 
-def dot(
-    weights: F32Array, x: F32Array, lanes: int, acc: F32Array | None = None
-) -> tuple[F32Array, NumericFlag]:
+def dot(weights: F32Array, x: F32Array, lanes: int, acc: F32Array | None = None) -> tuple[F32Array, NumericFlag]:
     """Product of vectors and a matrix as the matrix unit computes it.
 
     `weights` is float32 [k, n], `x` float32 [m, k] (register values; both are converted to operands), `acc`

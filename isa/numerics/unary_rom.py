@@ -89,9 +89,7 @@ def pack_word(values: tuple[int, ...]) -> int:
     """One ROM word of the field values (c0, c1, c2, c3, k), which must fit their fields."""
     if not all(field.fits(value) for field, value in zip(FIELDS, values, strict=True)):
         raise ValueError(f"coefficients {values} do not fit the fields of a ROM word")
-    return sum(
-        (value & (1 << field.bits) - 1) << field.low for field, value in zip(FIELDS, values, strict=True)
-    )
+    return sum((value & (1 << field.bits) - 1) << field.low for field, value in zip(FIELDS, values, strict=True))
 
 
 def unpack_word(word: int) -> tuple[int, ...]:
