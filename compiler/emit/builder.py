@@ -1,0 +1,128 @@
+"""A program under construction, and the scalar registers that compiled programs use."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from typebar.isa.instructions import COUNT_REGISTER, DEVICE_REGISTER, IMMEDIATE_BITS
+from typebar.isa.program import Op, Operand, Program, Value, op
+
+_IMMEDIATE_LIMIT = 1 << IMMEDIATE_BITS - 1
+
+
+class R(IntEnum):
+    """Scalar registers of compiled programs. WEIGHTS to KV hold lines to add for the current layer of a loop."""
+
+    ZERO = 0
+    RANK = DEVICE_REGISTER
+    COUNT = COUNT_REGISTER
+    POSITION = 3
+    LAST = 4
+    LEFT = 5
+    EOS = 6
+    FLAGS = 7
+    TOKEN = 8
+    LAYER = 9
+    WEIGHTS = 10
+    PARAMS = 11
+    LOCAL = 12
+    KV = 13
+    LENGTH = 14
+    HEAD = 15
+    OFFSET = 16
+    K_LINE = 17
+    V_LINE = 18
+    K_BYTE = 19
+    V_BYTE = 20
+    T0 = 21
+    T1 = 22
+    T2 = 23
+    BEST = 24
+    INDEX = 25
+    CHUNK = 26
+    BLOCK = 27
+    BLOCK_LENGTH = 28
+    PATCH = 29
+    GENERATED = 30
+    VALID = 31
+
+
+def reg(register: R, immediate: int = 0) -> Operand:
+    """`R[register] + immediate` as an operand."""
+    return Operand(int(register), immediate)
+
+
+class Builder:
+    """Collects instructions, labels and comments."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._ops: list[tuple[str, dict[str, Value]]] = []
+        self._targets: dict[int, str] = {}
+        self._labels: dict[str, int] = {}
+        self._comments: dict[int, str] = {}
+        self._note = ""
+        self._serial = 0
+
+    def note(self, text: str) -> None:
+        """Comment on the next instruction."""
+        self._note = text
+
+    def add(self, name: str, **values: Value) -> None:
+        """Append an instruction; integers stand for immediate operands."""
+        if self._note:
+            self._comments[len(self._ops)] = self._note
+            self._note = ""
+        self._ops.append((name, values))
+
+    def label(self, name: str) -> None:
+        """Name the next instruction."""
+        self._labels[name] = len(self._ops)
+
+    def fresh(self, name: str) -> str:
+        """A label name not used before."""
+        self._serial += 1
+        return f"{name}_{self._serial}"
+
+    def branch(self, name: str, label: str, a: Value, b: Value) -> None:
+        """Append a branch to a label, which may come later."""
+        self._targets[len(self._ops)] = label
+        self.add(name, a=a, b=b)
+
+    def jump(self, label: str) -> None:
+        """Append an unconditional branch."""
+        self.branch("beq", label, 0, 0)
+
+    def constant(self, register: R, value: int) -> None:
+        """Load a constant."""
+        self.add("sli", rd=int(register), value=value)
+
+    def increase(self, register: R, amount: int, temporary: R = R.T0) -> None:
+        """Add a constant of any size to a register."""
+        if amount:
+            self.add("sadd", rd=int(register), a=reg(register), b=self.any_size(amount, temporary))
+
+    def any_size(self, value: int, temporary: R) -> Operand:
+        """An operand for a constant, loaded to `temporary` where it does not fit an immediate."""
+        if -_IMMEDIATE_LIMIT <= value < _IMMEDIATE_LIMIT:
+            return Operand(0, value)
+        self.constant(temporary, value)
+        return reg(temporary)
+
+    def line(self, value: int, base: R, temporary: R = R.T0) -> Operand:
+        """An operand for line `value` + R[base], using `temporary` where it does not fit an immediate."""
+        if value < _IMMEDIATE_LIMIT:
+            return reg(base, value)
+        self.constant(temporary, value)
+        if base is not R.ZERO:
+            self.add("sadd", rd=int(temporary), a=reg(temporary), b=reg(base))
+        return reg(temporary)
+
+    def program(self) -> Program:
+        """The finished program, branches resolved."""
+        ops: list[Op] = []
+        for index, (name, values) in enumerate(self._ops):
+            if index in self._targets:
+                values = values | {"to": self._labels[self._targets[index]]}
+            ops.append(op(name, **values))
+        return Program(ops, dict(self._labels), dict(self._comments))

@@ -1,0 +1,174 @@
+"""The whole program: read the descriptor, go through the tokens, loop over layers, stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from typebar.compiler import device_ir as dev
+from typebar.compiler import ir
+from typebar.compiler.emit.attention import emit_attention
+from typebar.compiler.emit.builder import Builder, R, reg
+from typebar.compiler.emit.head import DESCRIPTOR_WORDS, emit_head
+from typebar.compiler.emit.vectors import (
+    REGION_REGISTER,
+    Emission,
+    emit_activation,
+    emit_gather,
+    emit_layer_norm,
+    emit_load,
+    emit_lookup,
+    emit_matrix,
+    emit_pair,
+    emit_rms_norm,
+    emit_scale,
+)
+from typebar.compiler.memory import MemoryPlan, program_of, strides
+from typebar.compiler.scratch import Limits
+from typebar.isa.errors import TypebarError
+from typebar.isa.instructions import WORD_BYTES, Format, Region
+from typebar.isa.machine import Machine
+from typebar.isa.program import Program
+from xdsl.dialects.builtin import ModuleOp
+from xdsl.ir import Block, Operation
+
+_EMITTERS: dict[type[Operation], Callable[[Emission, Any], None]] = {
+    dev.ActivationOp: emit_activation,
+    dev.AddOp: emit_pair,
+    dev.AttentionOp: emit_attention,
+    dev.BiasOp: emit_load,
+    dev.GatherOp: emit_gather,
+    dev.LayerNormOp: emit_layer_norm,
+    dev.LookupOp: emit_lookup,
+    dev.MatrixOp: emit_matrix,
+    dev.MulOp: emit_pair,
+    dev.ParamOp: emit_load,
+    dev.RmsNormOp: emit_rms_norm,
+    dev.ScaleOp: emit_scale,
+}
+
+
+def emit(module: ModuleOp, machine: Machine, memory: MemoryPlan, fmt: Format) -> Program:
+    """Instructions for an allocated `tbd.program`; one entry, `main`, at index 0.
+
+    Raises:
+        TypebarError: not allocated, or the program exceeds the machine's program memory or ring buffer.
+    """
+    program = program_of(module)
+    align, context, devices = (int(a.value.data) for a in (program.align, program.context, program.devices))
+    limits = Limits(
+        machine.vector.words,
+        align,
+        machine.segment_words,
+        machine.attention_block,
+        machine.column_block,
+        context,
+        devices,
+    )
+    _check_gathers(program, machine)
+    e = Emission(Builder(), machine, memory, limits, fmt, program)
+    _prologue(e)
+    for op in program.body.block.ops:
+        if isinstance(op, dev.HeadOp):
+            _end_of_token(e, op)
+        else:
+            _emit_op(e, op)
+    made = e.build.program()
+    if len(made) * WORD_BYTES > machine.control.program_bytes:
+        raise TypebarError(
+            f"the program has {len(made) * WORD_BYTES} bytes and machine {machine.name} holds "
+            f"{machine.control.program_bytes}: raise control.program_bytes"
+        )
+    return made
+
+
+def _check_gathers(program: dev.ProgramOp, machine: Machine) -> None:
+    for op in program.walk():
+        if isinstance(op, dev.GatherOp) and ir.width(op.x) > machine.ring.buffer_words:
+            raise TypebarError(
+                f"a device would send {ir.width(op.x)} words at once and machine {machine.name} buffers "
+                f"{machine.ring.buffer_words}: use more devices or raise ring.buffer_words"
+            )
+
+
+def _prologue(e: Emission) -> None:
+    """Read the descriptor; then the loop over tokens begins."""
+    build, io = e.build, e.memory.io
+    build.label("main")
+    registers = {"start": R.POSITION, "count": R.LAST, "new": R.LEFT, "eos": R.EOS, "flags": R.FLAGS}
+    for name, register in registers.items():
+        build.note(name)
+        byte = 4 * DESCRIPTOR_WORDS[name]
+        build.add("sload", region=int(Region.IO), rd=int(register), line=io.descriptor_line, byte=byte)
+    build.add("sadd", rd=int(R.LAST), a=reg(R.LAST, -1), b=reg(R.POSITION))
+    build.constant(R.GENERATED, 0)
+    build.label("token")
+    build.add("sshl", rd=int(R.T1), a=reg(R.POSITION), b=2)
+    build.add("sload", region=int(Region.IO), rd=int(R.TOKEN), line=io.tokens_line, byte=reg(R.T1))
+    build.add("sadd", rd=int(R.LENGTH), a=reg(R.POSITION), b=1)
+
+
+def _end_of_token(e: Emission, head: dev.HeadOp) -> None:
+    build, context = e.build, e.limits.context
+    build.note("inside the prompt no logits are needed")
+    build.branch("blt", "next", reg(R.POSITION), reg(R.LAST))
+    emit_head(e, head, "done")
+    build.label("next")
+    build.increase(R.POSITION, 1)
+    build.branch("blt", "token", reg(R.POSITION), build.any_size(context, R.T0))
+    build.label("done")
+    build.add("halt")
+
+
+def _emit_op(e: Emission, op: Operation) -> None:
+    if isinstance(op, ir.RepeatOp):
+        _emit_loop(e, op)
+        return
+    emitter = _EMITTERS.get(type(op))
+    if emitter is None:
+        raise TypebarError(f"{op.name} has no instructions: run partition and fuse first")
+    e.build.note(_node(op))
+    emitter(e, op)
+
+
+def _node(op: Operation) -> str:
+    hint = op.results[0].name_hint if op.results else None
+    return f"{op.name.removeprefix('tbd.')} {hint}" if hint else op.name.removeprefix("tbd.")
+
+
+def _emit_loop(e: Emission, loop: ir.RepeatOp) -> None:
+    build, body = e.build, loop.body.block
+    steps = strides(body, e.memory.places)
+    caches = [e.memory.caches[op] for op in body.ops if isinstance(op, dev.AttentionOp)]
+    if caches:
+        steps[Region.KV] = caches[0].layer_stride
+    home = int(loop.attributes["at"].value.data)  # type: ignore[attr-defined]
+    for value in loop.inits:
+        _copy(e, e.address(value), home, ir.width(value))
+    for region in steps:
+        build.constant(REGION_REGISTER[region], 0)
+    build.constant(R.LAYER, 0)
+    label = build.fresh("layer")
+    build.label(label)
+    e.in_loop = True
+    for op in body.ops:
+        if isinstance(op, ir.YieldOp):
+            for value in op.values:
+                _copy(e, e.address(value), home, ir.width(value))
+        elif isinstance(op, ir.RepeatOp):
+            raise TypebarError("a loop inside a loop has no form here: run reroll once only")
+        else:
+            _emit_op(e, op)
+    e.in_loop = False
+    for region, stride in steps.items():
+        build.increase(REGION_REGISTER[region], stride)
+    build.increase(R.LAYER, 1)
+    build.branch("blt", label, reg(R.LAYER), loop.count.value.data)
+
+
+def _copy(e: Emission, source: int, target: int, words: int) -> None:
+    if source != target:
+        e.build.add("vmov", dst=target, b=source, n=words)
+
+
+__all__ = ["Block", "emit"]

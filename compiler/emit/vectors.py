@@ -1,0 +1,144 @@
+"""Instructions for everything that is not a loop, a head or an attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from typebar.compiler import device_ir as dev
+from typebar.compiler import ir
+from typebar.compiler.emit.builder import Builder, R, reg
+from typebar.compiler.memory import MemoryPlan
+from typebar.compiler.scratch import Limits, scratch_of
+from typebar.isa.instructions import Activation, Format, Function, Region, Source
+from typebar.isa.machine import LINE_BYTES, Machine
+from typebar.isa.program import float_bits
+from xdsl.ir import Block, Operation, SSAValue
+
+REGION_REGISTER = {Region.WEIGHTS: R.WEIGHTS, Region.PARAMS: R.PARAMS, Region.LOCAL: R.LOCAL, Region.KV: R.KV}
+
+
+@dataclass
+class Emission:
+    """What every emitting function needs."""
+
+    build: Builder
+    machine: Machine
+    memory: MemoryPlan
+    limits: Limits
+    format: Format
+    program: dev.ProgramOp
+    in_loop: bool = False
+
+    def address(self, value: SSAValue) -> int:
+        """Word address of a value."""
+        owner = value.owner
+        if isinstance(owner, Block):
+            owner = owner.parent_op()
+        if isinstance(owner, ir.RepeatOp):
+            return int(owner.attributes["at"].value.data)  # type: ignore[attr-defined]
+        return int(owner.address)  # type: ignore[union-attr]
+
+    def base(self, region: Region) -> R:
+        """The register with the current layer's offset in a region."""
+        return REGION_REGISTER[region] if self.in_loop else R.ZERO
+
+    def scratch(self, op: Operation, chunk: int = 0) -> dict[str, int]:
+        """Word addresses of an operation's scratch vectors."""
+        start = int(op.properties["scratch"].value.data)  # type: ignore[attr-defined]
+        return {name: start + offset for name, offset in scratch_of(op, self.limits, chunk).items()}
+
+
+def emit_lookup(e: Emission, op: dev.LookupOp) -> None:
+    """Embedding row of the token or of the position."""
+    place = e.memory.places[op]
+    plan = next(
+        p for p in e.memory.plans if p.region is Region.PARAMS and p.meta.get("symbol") == op.table.string_value()
+    )
+    row_lines = plan.meta["row_bytes"] // LINE_BYTES
+    arguments = list(e.program.body.block.args)
+    index = R.TOKEN if op.index is arguments[0] else R.POSITION
+    e.build.add("smul", rd=int(R.T1), a=reg(index, op.offset.value.data), b=row_lines)
+    e.build.increase(R.T1, place.line)
+    e.build.add(
+        "load", format=int(e.format), region=int(Region.PARAMS), dst=op.address, line=reg(R.T1), n=ir.width(op.out)
+    )
+
+
+def emit_load(e: Emission, op: dev.ParamOp | dev.BiasOp) -> None:
+    """A float32 vector from PARAMS or LOCAL."""
+    place = e.memory.places[op]
+    line = e.build.line(place.line, e.base(place.region))
+    e.build.add(
+        "load", format=int(Format.FP32), region=int(place.region), dst=op.address, line=line, n=ir.width(op.out)
+    )
+
+
+def emit_matrix(e: Emission, op: dev.MatrixOp) -> None:
+    """One matrix instruction with its epilogue."""
+    place = e.memory.places[op]
+    line = e.build.line(place.line, e.base(Region.WEIGHTS))
+    extra: dict[str, int] = {}
+    if op.bias is not None:
+        extra |= {"add_bias": 1, "bias": e.address(op.bias)}
+    if op.activation is not None:
+        extra["activation"] = int(Activation[op.activation.data.upper()])
+    e.build.add(
+        "matmul", format=int(e.format), region=int(Region.WEIGHTS), dst=op.address, src=e.address(op.x),
+        k=int(op.k.value.data), n=op.words, line=line, outer=1, inner=1, **extra,
+    )  # fmt: skip
+
+
+def emit_gather(e: Emission, op: dev.GatherOp) -> None:
+    """All-gather over the ring."""
+    e.build.add("gather", dst=op.address, a=e.address(op.x), n=ir.width(op.x))
+
+
+def _immediate(value: float) -> dict[str, int]:
+    return {"b_from": int(Source.IMMEDIATE), "imm": float_bits(value)}
+
+
+def emit_layer_norm(e: Emission, op: dev.LayerNormOp) -> None:
+    """Mean, centred values, variance, scale: ten vector instructions."""
+    n, x, y, build = op.count, e.address(op.x), op.address, e.build
+    scratch = e.scratch(op)
+    mean, variance, word = scratch["mean"], scratch["variance"], int(Source.WORD)
+    build.add("vsum", dst=mean, a=x, n=n)
+    build.add("vmul", dst=mean, a=mean, n=1, **_immediate(1.0 / n))
+    build.add("vsub", b_from=word, dst=y, a=x, b=mean, n=n)
+    build.add("vsumsq", dst=variance, a=y, n=n)
+    build.add("vmul", dst=variance, a=variance, n=1, **_immediate(1.0 / n))
+    build.add("vadd", dst=variance, a=variance, n=1, **_immediate(op.eps.value.data))
+    build.add("vunary", function=int(Function.RSQRT), dst=variance, a=variance, n=1)
+    build.add("vmul", b_from=word, dst=y, a=y, b=variance, n=n)
+    build.add("vmul", dst=y, a=y, b=e.address(op.weight), n=n)
+    if op.bias is not None:
+        build.add("vadd", dst=y, a=y, b=e.address(op.bias), n=n)
+
+
+def emit_rms_norm(e: Emission, op: dev.RmsNormOp) -> None:
+    """Mean square, scale."""
+    n, x, y, build = op.count, e.address(op.x), op.address, e.build
+    variance = e.scratch(op)["variance"]
+    build.add("vsumsq", dst=variance, a=x, n=n)
+    build.add("vmul", dst=variance, a=variance, n=1, **_immediate(1.0 / n))
+    build.add("vadd", dst=variance, a=variance, n=1, **_immediate(op.eps.value.data))
+    build.add("vunary", function=int(Function.RSQRT), dst=variance, a=variance, n=1)
+    build.add("vmul", b_from=int(Source.WORD), dst=y, a=x, b=variance, n=n)
+    build.add("vmul", dst=y, a=y, b=e.address(op.weight), n=n)
+
+
+def emit_pair(e: Emission, op: dev.AddOp | dev.MulOp) -> None:
+    """Addition or multiplication of two vectors."""
+    name = "vadd" if isinstance(op, dev.AddOp) else "vmul"
+    e.build.add(name, dst=op.address, a=e.address(op.lhs), b=e.address(op.rhs), n=op.count)
+
+
+def emit_scale(e: Emission, op: dev.ScaleOp) -> None:
+    """Multiplication by a constant."""
+    e.build.add("vmul", dst=op.address, a=e.address(op.x), n=op.count, **_immediate(op.value.value.data))
+
+
+def emit_activation(e: Emission, op: dev.ActivationOp) -> None:
+    """A unary function of every element."""
+    function = int(Function[op.kind.data.upper()])
+    e.build.add("vunary", function=function, dst=op.address, a=e.address(op.x), n=op.count)

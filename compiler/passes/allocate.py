@@ -1,0 +1,200 @@
+"""allocate: give every value, and every operation's scratch space, a place in the register file by liveness.
+
+Places start at a hazard segment where everything fits that way, so that unrelated values never wait for one
+another, and else at the register alignment. A loop's yielded value takes its argument's place where the argument is
+dead by then, so the loop needs no copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from typebar.compiler import device_ir as dev
+from typebar.compiler import ir
+from typebar.compiler.scratch import Limits, scratch_of
+from typebar.isa.errors import TypebarError
+from xdsl.context import Context
+from xdsl.dialects.builtin import ModuleOp
+from xdsl.ir import Block, Operation, SSAValue
+from xdsl.passes import ModulePass
+
+
+class AllocationError(TypebarError):
+    """The register file is too small for the program."""
+
+
+@dataclass(frozen=True)
+class AllocatePass(ModulePass):
+    """Allocate registers of `words` words in hazard segments of `segment` words."""
+
+    name = "allocate"
+    words: int = 131072
+    segment: int = 2048
+    attention_block: int = 1024
+    column_block: int = 512
+
+    def apply(self, ctx: Context, op: ModuleOp) -> None:
+        """Set `at` and `scratch` everywhere, and the head's `chunk`.
+
+        Raises:
+            AllocationError: nothing fits, even with the smallest chunk of logits and the tightest packing.
+        """
+        for program in op.body.block.ops:
+            if isinstance(program, dev.ProgramOp):
+                self._program(program)
+
+    def _program(self, program: dev.ProgramOp) -> None:
+        align, context, devices = (int(a.value.data) for a in (program.align, program.context, program.devices))
+        limits = Limits(self.words, align, self.segment, self.attention_block, self.column_block, context, devices)
+        head = program.body.block.last_op
+        assert isinstance(head, dev.HeadOp)
+        lowest = 0
+        for chunk in _chunks(head.words, self.column_block):
+            slots = _collect(program, limits, chunk)
+            for step in (self.segment, align):
+                lowest = _place(slots, step)
+                if lowest <= self.words:
+                    _record(slots)
+                    head.chunk = ir.number(chunk)
+                    return
+        raise AllocationError(
+            f"the program needs {lowest} words of registers and the machine has {self.words}: "
+            "use a machine with a larger register file (vector.words) or more devices"
+        )
+
+
+def _chunks(words: int, column_block: int) -> list[int]:
+    """Numbers of logits to try at a time: all, then whole column blocks, halving."""
+    sizes = [words]
+    blocks = -(-words // column_block)
+    while blocks > 1:
+        blocks = -(-blocks // 2)
+        sizes.append(min(words, blocks * column_block))
+    return sizes
+
+
+@dataclass
+class _Slot:
+    """Words that are live from `start` to `end`, shared by `values`, or the scratch space of `owner`."""
+
+    words: int
+    start: int
+    end: int
+    values: list[SSAValue] = field(default_factory=list)
+    owner: Operation | None = None
+    at: int = 0
+
+
+def _collect(program: dev.ProgramOp, limits: Limits, chunk: int) -> list[_Slot]:
+    order: dict[Operation, tuple[int, int]] = {}
+    _number(program.body.block, order, 0)
+    slots: dict[SSAValue, _Slot] = {}
+    result: list[_Slot] = []
+
+    def slot(value: SSAValue, start: int) -> _Slot:
+        made = _Slot(limits.round(ir.width(value)), start, start, [value])
+        slots[value] = made
+        result.append(made)
+        return made
+
+    def use(value: SSAValue, at: int) -> None:
+        if value in slots:
+            slots[value].end = max(slots[value].end, at)
+
+    def visit(block: Block) -> None:
+        for op in block.ops:
+            first, last = order[op]
+            if isinstance(op, ir.RepeatOp):
+                _loop_slots(op, order, slots, slot)
+                visit(op.body.block)
+            for value in op.operands:
+                use(value, _seen_from(value, op, order))
+            if not isinstance(op, ir.RepeatOp):
+                for value in op.results:
+                    if value not in slots:
+                        slot(value, first)
+            words = scratch_of(op, limits, chunk)["total"]
+            if words:
+                result.append(_Slot(words, first, last, owner=op))
+
+    visit(program.body.block)
+    return result
+
+
+def _number(block: Block, order: dict[Operation, tuple[int, int]], count: int) -> int:
+    """Number operations in program order; a loop spans its body."""
+    for op in block.ops:
+        first = count = count + 1
+        if isinstance(op, ir.RepeatOp):
+            count = _number(op.body.block, order, count) + 1
+        order[op] = (first, count)
+    return count
+
+
+def _seen_from(value: SSAValue, op: Operation, order: dict[Operation, tuple[int, int]]) -> int:
+    """Where a use counts: a value from outside a loop is live to the loop's end."""
+    home = value.owner if isinstance(value.owner, Block) else value.owner.parent_block()
+    user: Operation = op
+    while user.parent_block() is not home:
+        parent = user.parent_op()
+        assert parent is not None
+        user = parent
+    return order[user][1] if user is not op else order[op][0]
+
+
+def _loop_slots(
+    loop: ir.RepeatOp,
+    order: dict[Operation, tuple[int, int]],
+    slots: dict[SSAValue, _Slot],
+    slot: object,
+) -> None:
+    """One slot for a loop's argument and result, and for its first and yielded values where they can share it."""
+    assert callable(slot)
+    body = loop.body.block
+    terminator = body.last_op
+    assert isinstance(terminator, ir.YieldOp)
+    for init, arg, out, end in zip(loop.inits, body.args, loop.outs, terminator.values, strict=True):
+        only_here = all(use.operation is loop for use in init.uses)
+        if init in slots and only_here and isinstance(init.owner, Operation):
+            shared = slots[init]
+        else:
+            shared = slot(out, order[loop][0])
+        shared.end = max(shared.end, order[loop][1])
+        for value in (arg, out):
+            shared.values.append(value)
+            slots[value] = shared
+        last_use = max((order[use.operation][0] for use in arg.uses if use.operation in order), default=0)
+        maker = end.owner
+        elementwise = isinstance(maker, dev.AddOp | dev.MulOp | dev.ScaleOp | dev.ActivationOp)
+        made_here = isinstance(maker, Operation) and maker.parent_block() is body
+        if made_here and end not in slots and last_use <= order[maker][0] - (0 if elementwise else 1):  # type: ignore[index]
+            shared.values.append(end)
+            slots[end] = shared
+
+
+def _place(slots: list[_Slot], step: int) -> int:
+    """First fit, largest first, every slot at a multiple of `step`; the words used in all."""
+    placed: list[_Slot] = []
+    used = 0
+    for item in sorted(slots, key=lambda s: -s.words):
+        item.at = 0
+        rivals = sorted((p for p in placed if p.start <= item.end and item.start <= p.end), key=lambda s: s.at)
+        for rival in rivals:
+            if item.at + item.words <= rival.at:
+                break
+            item.at = max(item.at, -(-(rival.at + rival.words) // step) * step)
+        placed.append(item)
+        used = max(used, item.at + item.words)
+    return used
+
+
+def _record(slots: list[_Slot]) -> None:
+    for item in slots:
+        if item.owner is not None:
+            item.owner.properties["scratch"] = ir.number(item.at)
+        for value in item.values:
+            if isinstance(value.owner, Operation):
+                if not isinstance(value.owner, ir.RepeatOp):
+                    value.owner.properties["at"] = ir.number(item.at)
+                else:
+                    value.owner.attributes["at"] = ir.number(item.at)

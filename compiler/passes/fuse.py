@@ -1,0 +1,83 @@
+"""fuse: a product's bias and activation move into the matrix unit's epilogue; loads move to the start of their block.
+
+Fusing never changes bits: each epilogue step equals the vector unit's operation. Hoisted loads overlap with the
+products before their use, at the price of registers; `hoist=false` leaves each load where it is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from typebar.compiler import device_ir as dev
+from typebar.compiler import ir
+from xdsl.context import Context
+from xdsl.dialects.builtin import ModuleOp
+from xdsl.ir import Block, SSAValue
+from xdsl.passes import ModulePass
+from xdsl.rewriter import Rewriter
+
+
+@dataclass(frozen=True)
+class FusePass(ModulePass):
+    """Fuse epilogues and, with `hoist`, hoist loads in every block of a `tbd.program`."""
+
+    name = "fuse"
+    hoist: bool = True
+
+    def apply(self, ctx: Context, op: ModuleOp) -> None:
+        """Rewrite in place; never fails."""
+        for item in list(op.walk()):
+            if isinstance(item, dev.MatrixOp):
+                _fuse_epilogue(item)
+        for item in list(op.walk()):
+            if isinstance(item, dev.ProgramOp | ir.RepeatOp):
+                _place_loads(item.body.block, self.hoist)
+
+
+def _only_user(value: SSAValue) -> object:
+    users = [use.operation for use in value.uses]
+    return users[0] if len(users) == 1 else None
+
+
+def _fuse_epilogue(matrix: dev.MatrixOp) -> None:
+    user = _only_user(matrix.out)
+    if isinstance(user, dev.AddOp) and matrix.bias is None and user.lhs is matrix.out:
+        bias = user.rhs.owner
+        if isinstance(bias, dev.BiasOp):
+            bias.detach()
+            block = matrix.parent_block()
+            assert block is not None
+            block.insert_op_before(bias, matrix)
+            matrix = _rebuilt(matrix, bias.out, None, user)
+            user = _only_user(matrix.out)
+    if isinstance(user, dev.ActivationOp):
+        _rebuilt(matrix, matrix.bias, user.kind.data, user)
+
+
+def _rebuilt(
+    matrix: dev.MatrixOp, bias: SSAValue | None, activation: str | None, user: dev.AddOp | dev.ActivationOp
+) -> dev.MatrixOp:
+    numbers = [int(a.value.data) for a in (matrix.k, matrix.row_unit, matrix.row_pad)]
+    made = dev.MatrixOp(matrix.x, matrix.pieces, *numbers, bias, activation)
+    made.attributes.update(matrix.attributes)
+    made.out.name_hint = user.out.name_hint or matrix.out.name_hint
+    block = matrix.parent_block()
+    assert block is not None
+    block.insert_op_before(made, matrix)
+    user.out.replace_all_uses_with(made.out)
+    Rewriter.erase_op(user)
+    Rewriter.erase_op(matrix)
+    return made
+
+
+def _place_loads(block: Block, hoist: bool) -> None:
+    loads = [op for op in block.ops if isinstance(op, dev.ParamOp | dev.BiasOp)]
+    for load in reversed(loads) if hoist else loads:
+        first = block.first_op
+        if not hoist:
+            users = {use.operation for use in load.out.uses}
+            first = next(op for op in block.ops if op in users)
+        assert first is not None
+        if first is not load:
+            load.detach()
+            block.insert_op_before(load, first)
