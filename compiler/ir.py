@@ -456,9 +456,7 @@ class RmsNormOp(_Unary):
 
     def __init__(self, x: SSAValue, weight: str, eps: float) -> None:
         """Make the operation from plain values."""
-        super().__init__(
-            operands=[x], result_types=[x.type], properties={"weight": symbol(weight), "eps": real(eps)}
-        )
+        super().__init__(operands=[x], result_types=[x.type], properties={"weight": symbol(weight), "eps": real(eps)})
 
 
 @irdl_op_definition

@@ -1,0 +1,230 @@
+"""Imported torch operations: their arguments as attributes, and a small interpreter that runs them on concrete values.
+
+The interpreter serves to classify: a mask, a position sub-graph or a chain of element-wise operations is run, and what it
+computes is compared with what is known, so the many ways to write one thing need no patterns.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from typebar.compiler import ir
+from xdsl.dialects.builtin import (
+    DYNAMIC_INDEX,
+    ArrayAttr,
+    BFloat16Type,
+    Float16Type,
+    Float32Type,
+    Float64Type,
+    FloatAttr,
+    IntegerAttr,
+    IntegerType,
+    StringAttr,
+    TensorType,
+    UnitAttr,
+)
+from xdsl.ir import Attribute, OpResult, SSAValue
+
+Lookup = Callable[[str], np.ndarray]
+"""Gives a source parameter's or buffer's values by its name; raises TypebarError if there are none."""
+
+DTYPES: Mapping[torch.dtype, Attribute] = {
+    torch.bool: IntegerType(1),
+    torch.uint8: IntegerType(8),
+    torch.int32: IntegerType(32),
+    torch.int64: IntegerType(64),
+    torch.float16: Float16Type(),
+    torch.bfloat16: BFloat16Type(),
+    torch.float32: Float32Type(),
+    torch.float64: Float64Type(),
+}
+"""The element types that a graph may hold."""
+
+SIZE_OPERATORS: Mapping[str, Callable[..., object]] = {
+    f"sym.{f.__name__}": f
+    for f in (operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg)
+}
+"""Operators on symbolic sizes, by the target that `tb.aten` gives them."""
+
+SHAPE_ONLY = frozenset("full_like ones_like zeros_like empty_like new_ones new_zeros new_full new_empty".split())
+"""Operations that look at their first operand's shape and type, never at its values."""
+
+_EVALUATED = SHAPE_ONLY | frozenset(
+    """abs add alias all amax amin and any arange bitwise_and bitwise_not bitwise_or cat chunk clamp clamp_max clamp_min
+    clone contiguous cos cumsum detach diff div embedding eq erf exp expand expand_as fill flip floor floor_divide full
+    gather ge gelu gt hardtanh index index_select le lift_fresh_copy log logical_and logical_not logical_or lt masked_fill
+    maximum minimum mul narrow ne neg ones or permute pow reciprocal relu remainder repeat reshape round rsqrt rsub
+    scalar_tensor select sigmoid sign silu sin slice split split_with_sizes sqrt squeeze stack sub sum t tanh to _to_copy
+    transpose tril triu type_as unbind unflatten unsqueeze view where zeros __and__ __or__ __xor__""".split()
+)
+
+
+class NotEvaluable(Exception):
+    """A sub-graph cannot be run on concrete positions; the message says which operation is in the way."""
+
+
+def base_name(op: ir.AtenOp) -> str:
+    """The operation's name without namespace and overload: `view` for aten.view.default."""
+    parts = op.target.data.split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def arguments(op: ir.AtenOp) -> list[object]:
+    """The call's arguments; operands as SSA values, dtypes as torch.dtype, lists as lists."""
+    return [_decode(a, op) for a in op.args]
+
+
+def keywords(op: ir.AtenOp) -> dict[str, object]:
+    """The call's keyword arguments, decoded like `arguments`."""
+    return {k: _decode(a, op) for k, a in op.kwargs.data.items()} if op.kwargs is not None else {}
+
+
+def _decode(attribute: Attribute, op: ir.AtenOp) -> object:
+    match attribute:
+        case UnitAttr():
+            return None
+        case FloatAttr():
+            return attribute.value.data
+        case IntegerAttr(type=IntegerType(width=width)) if width.data == 1:
+            return bool(attribute.value.data)
+        case IntegerAttr():
+            return attribute.value.data
+        case ArrayAttr():
+            return [_decode(item, op) for item in attribute]
+        case StringAttr(data=text) if text.startswith("%"):
+            return op.inputs[int(text[1:])]
+        case StringAttr(data=text) if text.startswith("torch."):
+            dtype = getattr(torch, text.removeprefix("torch."), None)
+            if isinstance(dtype, torch.dtype):
+                return dtype
+        case StringAttr(data=text):
+            return text
+    raise NotEvaluable(f"{op.target.data} has an argument {attribute} of unknown meaning")
+
+
+def depends_on_tokens(value: SSAValue, known: dict[SSAValue, bool]) -> bool:
+    """Whether the value depends on which tokens were given, and not merely on how many; `known` is the memory."""
+    stack = [value]
+    while stack:
+        top = stack[-1]
+        if top in known:
+            stack.pop()
+            continue
+        if not isinstance(top, OpResult):
+            known[top] = True
+            continue
+        op = top.op
+        inputs: list[SSAValue] = list(op.operands)
+        if isinstance(op, ir.AtenOp):
+            if base_name(op) in SHAPE_ONLY:
+                inputs = inputs[1:]
+            elif op.target.data == "aten.sym_size.int":
+                inputs = []
+        waiting = [v for v in inputs if v not in known]
+        stack.extend(waiting)
+        if not waiting:
+            known[top] = any(known[v] for v in inputs)
+    return known[value]
+
+
+class Evaluator:
+    """Runs imported operations for a given number of tokens.
+
+    `lookup` supplies parameters and buffers; `given` presets values. Raises NotEvaluable for what it may not or cannot run.
+    """
+
+    def __init__(
+        self, tokens: int, lookup: Lookup | None = None, given: Mapping[SSAValue, object] | None = None
+    ) -> None:
+        """Remember the number of tokens, where constants come from and the preset values."""
+        self.tokens = tokens
+        self.lookup = lookup
+        self._values: dict[SSAValue, object] = dict(given or {})
+
+    def __call__(self, value: SSAValue) -> object:
+        """The value: a tensor on the CPU, or an int for a size."""
+        stack = [value]
+        while stack:
+            top = stack[-1]
+            if top in self._values:
+                stack.pop()
+                continue
+            if not isinstance(top, OpResult):
+                raise NotEvaluable("it depends on the values of the tokens")
+            waiting = [v for v in self._needed(top) if v not in self._values]
+            stack.extend(waiting)
+            if not waiting:
+                self._run(top)
+        return self._values[value]
+
+    def _needed(self, value: OpResult) -> list[SSAValue]:
+        op = value.op
+        if isinstance(op, ir.AtenOp):
+            if op.target.data == "aten.sym_size.int":
+                return []
+            return list(op.inputs[1:] if base_name(op) in SHAPE_ONLY else op.inputs)
+        return list(op.operands)
+
+    def _run(self, value: OpResult) -> None:
+        op = value.op
+        if isinstance(op, ir.ParameterOp):
+            name = op.source.string_value()
+            if self.lookup is None:
+                raise NotEvaluable(f"it needs the values of {name}, which are not at hand")
+            self._values[value] = torch.from_numpy(np.array(self.lookup(name)))
+        elif isinstance(op, ir.PositionsOp):
+            self._values[value] = torch.arange(self.tokens)
+        elif isinstance(op, ir.AtenOp):
+            made = self._call(op)
+            results = made if isinstance(made, list | tuple) else [made]
+            self._values.update(zip(op.outs, results, strict=True))
+        else:
+            raise NotEvaluable(f"{op.name} is not computed from positions alone")
+
+    def _call(self, op: ir.AtenOp) -> object:
+        target, name = op.target.data, base_name(op)
+        if target == "aten.sym_size.int":
+            return self._size(op)
+        args = [self._concrete(a) for a in arguments(op)]
+        kwargs = {k: self._concrete(a) for k, a in keywords(op).items()}
+        if target in SIZE_OPERATORS:
+            return SIZE_OPERATORS[target](*args)
+        if not target.startswith("aten.") or name not in _EVALUATED:
+            raise NotEvaluable(f"{target} is not among the operations that are run on concrete positions")
+        if name in SHAPE_ONLY:
+            args[0] = self._blank(op.inputs[0])
+        function = getattr(getattr(torch.ops.aten, name), target.split(".")[2])
+        try:
+            return function(*args, **kwargs)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise NotEvaluable(f"{target} fails at {self.tokens} tokens: {str(error).splitlines()[0]}") from error
+
+    def _size(self, op: ir.AtenOp) -> int:
+        source, axis = op.inputs[0], arguments(op)[1]
+        if not isinstance(source.type, TensorType) or not isinstance(axis, int):
+            raise NotEvaluable("a size is taken of something that is no tensor")
+        if isinstance(source, OpResult) and isinstance(source.op, ir.AtenOp) and source.op.symbolic is not None:
+            value = self(source)
+            assert isinstance(value, torch.Tensor)
+            return int(value.shape[axis])
+        size = source.type.get_shape()[axis]
+        return self.tokens if size == DYNAMIC_INDEX else size
+
+    def _blank(self, value: SSAValue) -> torch.Tensor:
+        if not isinstance(value.type, TensorType):
+            raise NotEvaluable("a shape is taken of something that is no tensor")
+        if isinstance(value, OpResult) and isinstance(value.op, ir.AtenOp) and value.op.symbolic is not None:
+            raise NotEvaluable("a shape is taken of a tensor whose size is not the number of tokens")
+        shape = [self.tokens if s == DYNAMIC_INDEX else s for s in value.type.get_shape()]
+        dtypes = {attribute: dtype for dtype, attribute in DTYPES.items()}
+        return torch.zeros(shape, dtype=dtypes[value.type.element_type])
+
+    def _concrete(self, argument: object) -> object:
+        if isinstance(argument, SSAValue):
+            return self._values.get(argument)
+        if isinstance(argument, list):
+            return [self._concrete(a) for a in argument]
+        return argument

@@ -1,0 +1,17 @@
+"""Bring a model in: from a checkpoint directory, a torch module or the name of a shape to one token's step."""
+
+from __future__ import annotations
+
+from typebar.compiler.frontend.models import SHAPES, FrontendModel, import_model, load_model
+from typebar.compiler.frontend.weights import CheckpointSource, ModuleSource, ShapeSource, WeightSource
+
+__all__ = [
+    "SHAPES",
+    "CheckpointSource",
+    "FrontendModel",
+    "ModuleSource",
+    "ShapeSource",
+    "WeightSource",
+    "import_model",
+    "load_model",
+]

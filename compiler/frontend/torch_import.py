@@ -1,0 +1,225 @@
+"""From torch.nn.Module to `tb.graph`: torch.export with a dynamic length, then one `tb.aten` per call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from typebar.compiler import ir
+from typebar.compiler.aten import DTYPES, SIZE_OPERATORS
+from typebar.compiler.problems import LoweringError, Problem
+from typebar.isa.errors import TypebarError
+from xdsl.dialects.builtin import (
+    DYNAMIC_INDEX,
+    ArrayAttr,
+    FloatAttr,
+    IndexType,
+    IntegerAttr,
+    ModuleOp,
+    StringAttr,
+    TensorType,
+    UnitAttr,
+    f64,
+    i64,
+)
+from xdsl.ir import Attribute, Block, Region, SSAValue
+
+_EXAMPLE_LENGTH = 7
+_DROPPED_KEYWORDS = frozenset(("device", "layout", "memory_format", "pin_memory", "non_blocking", "copy"))
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What torch.export gave, in terms of the user's names.
+
+    `aliases` maps every parameter name to the one name that stands for its tensor; `constants` holds the tensors that
+    the module made while running, by the names the graph gives them; `limit` is the greatest length the module accepts.
+    """
+
+    program: torch.export.ExportedProgram
+    aliases: dict[str, str]
+    constants: dict[str, torch.Tensor]
+    limit: int | None
+
+
+class _Logits(torch.nn.Module):
+    """Makes a model's output its logits, and nothing else."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        cached = "use_cache" in inspect.signature(model.forward).parameters
+        self.options = {"use_cache": False} if cached else {}
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits [1, T, V] for token ids [1, T]."""
+        out = self.model(input_ids, **self.options)
+        logits = out if isinstance(out, torch.Tensor) else getattr(out, "logits", None)
+        if not isinstance(logits, torch.Tensor):
+            raise TypebarError(
+                f"a model must return logits [1, T, V] or an object with .logits, not {type(out).__name__}"
+            )
+        return logits
+
+
+@contextmanager
+def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Sets every sub-module to evaluation, and back to what it was."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def export(model: torch.nn.Module) -> Exported:
+    """Export `model` as a function of token ids [1, T] for any T; raises TypebarError if torch cannot."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    first: dict[int, str] = {}
+    aliases = {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
+    device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
+    ids = torch.zeros(1, _EXAMPLE_LENGTH, dtype=torch.int64, device=device)
+    wrapped = _Logits(model)
+    try:
+        with _evaluation_mode(model), torch.no_grad():
+            program = torch.export.export(
+                wrapped, (ids,), dynamic_shapes=({1: torch.export.Dim.DYNAMIC},), strict=False
+            )
+    except TypebarError:
+        raise
+    except Exception as error:  # torch.export raises whatever the model or its own tracing raises
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise TypebarError(
+            f"torch.export cannot trace the model with a dynamic length: {lines[0].strip()}; make its forward(input_ids) "
+            "free of data-dependent Python and of fixed lengths"
+        ) from error
+    constants = {n.removeprefix("model."): t for n, t in program.constants.items() if isinstance(t, torch.Tensor)}
+    return Exported(program, aliases, constants, _limit(program))
+
+
+def _limit(program: torch.export.ExportedProgram) -> int | None:
+    """The greatest number of tokens that the model's own checks allow, if they set one."""
+    limits = [int(r.upper) for r in program.range_constraints.values() if r.upper.is_Integer]
+    bounded = [n for n in limits if 0 < n < 2**31]
+    return min(bounded) if bounded else None
+
+
+@dataclass
+class _Importer:
+    """Builds the block of one `tb.graph`."""
+
+    exported: Exported
+    block: Block = field(default_factory=Block)
+    values: dict[torch.fx.Node, Sequence[SSAValue]] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    tokens: object = None
+
+    def run(self) -> Block:
+        signature = self.exported.program.graph_signature
+        sources = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        sources.update(signature.inputs_to_lifted_tensor_constants)
+        for node in self.exported.program.graph.nodes:
+            if node.op == "placeholder":
+                self._placeholder(node, sources)
+            elif node.op == "call_function":
+                self._call(node)
+            elif node.op == "output":
+                results = [self.values[n][0] for n in node.args[0] if isinstance(n, torch.fx.Node)]
+                self.block.add_op(ir.ReturnOp(*results))
+        if self.problems:
+            raise LoweringError(self.problems)
+        return self.block
+
+    def _placeholder(self, node: torch.fx.Node, sources: dict[str, str]) -> None:
+        if node.name not in sources:
+            value = node.meta["val"]
+            self.tokens = value.shape[1].node.expr if isinstance(value.shape[1], torch.SymInt) else None
+            if self.tokens is None:
+                raise TypebarError(
+                    f"the model accepts sequences of {value.shape[1]} tokens only; make its forward work for any length"
+                )
+            argument = self.block.insert_arg(self._type(value)[0], 0)
+            argument.name_hint = "input_ids"
+            self.values[node] = [argument]
+            return
+        name = sources[node.name].removeprefix("model.")
+        op = ir.ParameterOp(self.exported.aliases.get(name, name), self._type(node.meta["val"])[0])
+        self.block.add_op(op)
+        self.values[node] = op.results
+
+    def _call(self, node: torch.fx.Node) -> None:
+        target = node.target
+        value = node.meta.get("val")
+        if getattr(target, "__name__", "") == "getitem" and isinstance(node.args[0], torch.fx.Node):
+            index = node.args[1]
+            assert isinstance(index, int)
+            self.values[node] = [self.values[node.args[0]][index]]
+            return
+        if value is None:  # assertions about shapes and types, which hold for every length the graph was made for
+            return
+        name = self._name(target)
+        if name is None:
+            self.problems.append(
+                Problem(node.name, f"{target} is no plain torch operation", "write it with torch operations")
+            )
+            self.values[node] = []
+            return
+        results = list(value) if isinstance(value, list | tuple) else [value]
+        types, notes = zip(*(self._type(r) for r in results), strict=True) if results else ((), ())
+        operands: list[SSAValue] = []
+        args = [self._encode(a, operands) for a in node.args]
+        kwargs = {k: self._encode(a, operands) for k, a in node.kwargs.items() if k not in _DROPPED_KEYWORDS}
+        op = ir.AtenOp(name, operands, args, kwargs, types, "; ".join(n for n in notes if n) or None)
+        op.attributes["node"] = StringAttr(node.name)
+        self.block.add_op(op)
+        self.values[node] = op.results
+
+    @staticmethod
+    def _name(target: object) -> str | None:
+        if isinstance(target, torch._ops.OpOverload):
+            return str(target)
+        name = f"sym.{getattr(target, '__name__', '')}"
+        return name if name in SIZE_OPERATORS else None
+
+    def _type(self, value: object) -> tuple[Attribute, str]:
+        """The value's type, and a note if a size is an expression other than the number of tokens."""
+        if not isinstance(value, torch.Tensor):
+            return IndexType(), ""
+        if value.dtype not in DTYPES:
+            raise TypebarError(f"the model computes in {value.dtype}; cast it to torch.float32")
+        shape, notes = [], []
+        for axis, size in enumerate(value.shape):
+            shape.append(size if isinstance(size, int) else DYNAMIC_INDEX)
+            if not isinstance(size, int) and size.node.expr != self.tokens:
+                notes.append(f"axis {axis} is {size}")
+        return TensorType(DTYPES[value.dtype], shape), ", ".join(notes)
+
+    def _encode(self, argument: object, operands: list[SSAValue]) -> Attribute:
+        if isinstance(argument, torch.fx.Node):
+            value = self.values[argument][0]
+            if value not in operands:
+                operands.append(value)
+            return StringAttr(f"%{operands.index(value)}")
+        if isinstance(argument, list | tuple):
+            return ArrayAttr([self._encode(a, operands) for a in argument])
+        if isinstance(argument, bool):
+            return IntegerAttr.from_bool(argument)
+        if isinstance(argument, int):
+            return IntegerAttr(argument, i64)
+        if isinstance(argument, float):
+            return FloatAttr(argument, f64)
+        if isinstance(argument, torch.dtype | str):
+            return StringAttr(str(argument))
+        return UnitAttr()
+
+
+def to_graph(exported: Exported, context: int) -> ModuleOp:
+    """The exported program as a module with one `tb.graph`; raises LoweringError for calls that are no torch operations."""
+    block = _Importer(exported).run()
+    return ModuleOp([ir.GraphOp(context, Region([block]))])

@@ -1,0 +1,206 @@
+"""Where a model's weights come from: one parameter at a time, never all at once."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from typebar.isa.errors import TypebarError
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+class WeightSource(ABC):
+    """Maps a parameter's name, as the graph spells it, to its values."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Every name that the source knows."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The parameter's shape; raises TypebarError if there is no such parameter."""
+
+    @abstractmethod
+    def load(self, name: str) -> np.ndarray:
+        """The values: floating point as float32, others as they are; raises TypebarError if there are none."""
+
+
+def _unknown(name: str) -> TypebarError:
+    return TypebarError(f"there is no parameter {name!r} in the weights; check that they belong to this model")
+
+
+def _as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    array: np.ndarray = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    return array
+
+
+class ShapeSource(WeightSource):
+    """Names and shapes only: for simulating a shape without its weights."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Remember the shapes."""
+        self._shapes = dict(shapes)
+
+    def names(self) -> list[str]:
+        """Every parameter's name."""
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The parameter's shape; raises TypebarError if there is no such parameter."""
+        if name not in self._shapes:
+            raise _unknown(name)
+        return self._shapes[name]
+
+    def load(self, name: str) -> np.ndarray:
+        """Always raises TypebarError: a shape has no values."""
+        raise TypebarError(f"{name!r} has a shape but no values; compile a checkpoint instead of a named shape")
+
+
+class ModuleSource(WeightSource):
+    """The parameters, buffers and constants of a torch module; nothing is copied until it is loaded."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Refer to the tensors."""
+        self._tensors = dict(tensors)
+
+    def names(self) -> list[str]:
+        """Every tensor's name."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape; raises TypebarError if there is no such tensor."""
+        return tuple(self._tensor(name).shape)
+
+    def load(self, name: str) -> np.ndarray:
+        """The tensor's values; raises TypebarError for a tensor on the meta device, which has none."""
+        tensor = self._tensor(name)
+        if tensor.is_meta:
+            raise TypebarError(f"{name!r} is on the meta device and has no values; load weights into the module first")
+        return _as_numpy(tensor)
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        if name not in self._tensors:
+            raise _unknown(name)
+        return self._tensors[name]
+
+
+class CheckpointSource(WeightSource):
+    """The safetensors files of a checkpoint directory, memory-mapped.
+
+    `stored` maps each of the graph's names to the file and the name in it. Raises TypebarError when a file cannot be read.
+    """
+
+    def __init__(self, stored: Mapping[str, tuple[Path, str]]) -> None:
+        """Remember where each parameter lies."""
+        self._stored = dict(stored)
+
+    def names(self) -> list[str]:
+        """Every parameter's name, as the graph spells it."""
+        return list(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The parameter's shape, from the file's header."""
+        path, key = self._place(name)
+        with _opened(path) as file:
+            return tuple(file.get_slice(key).get_shape())
+
+    def load(self, name: str) -> np.ndarray:
+        """The parameter's values, read from its file now."""
+        path, key = self._place(name)
+        with _opened(path) as file:
+            return _as_numpy(file.get_tensor(key))
+
+    def _place(self, name: str) -> tuple[Path, str]:
+        if name not in self._stored:
+            raise _unknown(name)
+        return self._stored[name]
+
+
+def _opened(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise TypebarError(f"cannot read weights from {path}: {error}; copy the checkpoint again") from error
+
+
+def stored_tensors(directory: Path) -> dict[str, Path]:
+    """The file of every tensor of a checkpoint; raises TypebarError if it has no (whole) safetensors files."""
+    index = directory / _INDEX
+    if index.is_file():
+        try:
+            placed = json.loads(index.read_text())["weight_map"]
+            found = {str(key): directory / str(file) for key, file in placed.items()}
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise TypebarError(f"{index} is no index of weights: {error}; copy the checkpoint again") from error
+        missing = sorted({p.name for p in found.values() if not p.is_file() or p.parent != directory})
+        if missing:
+            raise TypebarError(f"{directory} lacks the weight file {missing[0]} that its index names; copy it again")
+        return found
+    single = directory / _SINGLE
+    if not single.is_file():
+        raise TypebarError(
+            f"{directory} has no {_SINGLE}; save the model with save_pretrained(safe_serialization=True)"
+        )
+    with _opened(single) as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def bind(
+    directory: Path, aliases: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], prefix: str
+) -> WeightSource:
+    """Find each of the graph's parameters in a checkpoint; `prefix` is the base model's, which files may leave out.
+
+    `aliases` maps all names of a tensor to the graph's; a tied tensor is found under any of them. Raises TypebarError for
+    parameters that are missing, of another shape, or tied by the configuration while the files hold different values.
+    """
+    files = stored_tensors(directory)
+    groups: dict[str, list[str]] = {name: [] for name in shapes}
+    for alias, name in aliases.items():
+        groups.setdefault(name, []).append(alias)
+    stored: dict[str, tuple[Path, str]] = {}
+    missing = []
+    for name in shapes:
+        keys = [k for alias in groups[name] or [name] for k in _spellings(alias, prefix) if k in files]
+        if not keys:
+            missing.append(name)
+            continue
+        stored[name] = (files[keys[0]], keys[0])
+        _require_equal(keys, files, name)
+    if missing:
+        raise TypebarError(
+            f"{directory} lacks {len(missing)} parameters, the first is {missing[0]!r}; its config.json must describe its weights"
+        )
+    source = CheckpointSource(stored)
+    for name, shape in shapes.items():
+        if source.shape(name) != shape:
+            raise TypebarError(
+                f"{name!r} is {list(source.shape(name))} in {directory}, its config.json says {list(shape)}; they must agree"
+            )
+    return source
+
+
+def _spellings(name: str, prefix: str) -> Sequence[str]:
+    if not prefix:
+        return (name,)
+    return (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+
+
+def _require_equal(keys: Sequence[str], files: Mapping[str, Path], name: str) -> None:
+    places = [CheckpointSource({k: (files[k], k)}) for k in dict.fromkeys(keys)]
+    if len(places) < 2:
+        return
+    first = places[0].load(places[0].names()[0])
+    for place in places[1:]:
+        key = place.names()[0]
+        if not np.array_equal(first, place.load(key)):
+            raise TypebarError(
+                f"{name!r} and {key!r} are tied by config.json but differ in the weights; untie them there"
+            )

@@ -1,0 +1,294 @@
+"""recognise: give imported operations their meaning: norms, linear layers, embeddings, attention, arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from typebar.compiler import ir
+from typebar.compiler.aten import arguments, base_name, depends_on_tokens, keywords
+from typebar.compiler.passes.activations import recognise_activations
+from typebar.compiler.passes.canonicalise import erase_unused
+from typebar.compiler.problems import keep_name
+from xdsl.context import Context
+from xdsl.dialects.builtin import DYNAMIC_INDEX, Float32Type, ModuleOp, TensorType
+from xdsl.ir import Block, Operation, SSAValue
+from xdsl.passes import ModulePass
+from xdsl.rewriter import Rewriter
+
+
+class Recognise(ModulePass):
+    """Replace every `tb.aten` whose meaning is known; the others stay, for later passes to use or to refuse."""
+
+    name = "recognise"
+
+    def apply(self, ctx: Context, op: ModuleOp) -> None:
+        """Rewrite every graph in place."""
+        for graph in op.body.block.ops:
+            if isinstance(graph, ir.GraphOp):
+                block = graph.body.block
+                computed = computed_values(block)
+                recognise_activations(block, computed)
+                for inner in list(block.ops):
+                    if isinstance(inner, ir.AtenOp) and len(inner.outs) == 1 and inner.outs[0] in computed:
+                        _rewrite(inner)
+                _fold_biases(block)
+                erase_unused(block)
+
+
+def computed_values(block: Block) -> set[SSAValue]:
+    """The float32 values of the model proper: those that depend on the tokens, or on a row of a table.
+
+    What is left are masks, positions and constants, which are classified by running them.
+    """
+    known: dict[SSAValue, bool] = {}
+    for op in block.ops:
+        if isinstance(op, ir.EmbeddingOp) or (isinstance(op, ir.AtenOp) and base_name(op) == "embedding"):
+            known.update((r, True) for r in op.results)
+    return {
+        r
+        for op in block.ops
+        for r in op.results
+        if isinstance(r.type, TensorType)
+        and isinstance(r.type.element_type, Float32Type)
+        and depends_on_tokens(r, known)
+    }
+
+
+def _rewrite(op: ir.AtenOp) -> None:
+    rule = _RULES.get(op.target.data)
+    new = rule(op) if rule is not None else None
+    if new is None:
+        return
+    keep_name(new, op)
+    new.results[0].name_hint = op.outs[0].name_hint
+    block = op.parent
+    assert block is not None
+    block.insert_op_before(new, op)
+    op.outs[0].replace_all_uses_with(new.results[0])
+    Rewriter.erase_op(op)
+
+
+def parameter(value: object) -> str | None:
+    """The name of the parameter that a value is, if it is one."""
+    if isinstance(value, SSAValue) and isinstance(value.owner, ir.ParameterOp):
+        return value.owner.source.string_value()
+    return None
+
+
+def _named(op: ir.AtenOp, *names: str) -> dict[str, object]:
+    return dict(zip(names, arguments(op), strict=False)) | keywords(op)
+
+
+def _shape(value: SSAValue) -> tuple[int, ...]:
+    return value.type.get_shape() if isinstance(value.type, TensorType) else ()
+
+
+def _layer_norm(op: ir.AtenOp) -> Operation | None:
+    args = _named(op, "x", "sizes", "weight", "bias", "eps", "cudnn")
+    x, weight, bias, eps = args["x"], parameter(args.get("weight")), args.get("bias"), args.get("eps", 1e-5)
+    if not isinstance(x, SSAValue) or args["sizes"] != [_shape(x)[-1]] or weight is None:
+        return None
+    if (bias is not None and parameter(bias) is None) or not isinstance(eps, float):
+        return None
+    return ir.LayerNormOp(x, weight, parameter(bias), eps)
+
+
+def _weight(value: object) -> tuple[str, bool] | None:
+    """A two-dimensional parameter's name and whether the value is its transpose."""
+    if not isinstance(value, SSAValue) or len(_shape(value)) != 2:
+        return None
+    if (name := parameter(value)) is not None:
+        return name, False
+    owner = value.owner
+    transposing = ("aten.t.default", "aten.transpose.int", "aten.permute.default", "aten.numpy_T.default")
+    if isinstance(owner, ir.AtenOp) and owner.target.data in transposing:
+        name = parameter(owner.inputs[0])
+        if name is not None and _shape(owner.inputs[0]) == _shape(value)[::-1]:
+            axes = arguments(owner)[1:]
+            moved = not axes or axes in ([0, 1], [1, 0], [-1, -2], [-2, -1], [[1, 0]])
+            return (name, True) if moved else None
+    return None
+
+
+def _linear_op(op: ir.AtenOp, x: object, weight: object, bias: object, stored_out_in: bool) -> Operation | None:
+    found = _weight(weight)
+    if found is None or not isinstance(x, SSAValue) or (bias is not None and parameter(bias) is None):
+        return None
+    name, transposed = found
+    return ir.LinearOp(x, name, parameter(bias), ir.LAYOUTS[stored_out_in != transposed], op.outs[0].type)
+
+
+def _linear(op: ir.AtenOp) -> Operation | None:
+    args = _named(op, "x", "weight", "bias")
+    return _linear_op(op, args["x"], args["weight"], args.get("bias"), True)
+
+
+def _matmul(op: ir.AtenOp) -> Operation | None:
+    x, weight = arguments(op)
+    return _linear_op(op, x, weight, None, False)
+
+
+def _addmm(op: ir.AtenOp) -> Operation | None:
+    bias, x, weight = arguments(op)
+    return _linear_op(op, x, weight, bias, False) if not keywords(op) else None
+
+
+def _embedding(op: ir.AtenOp) -> Operation | None:
+    table, index = arguments(op)[:2]
+    name = parameter(table)
+    if name is None or not isinstance(index, SSAValue) or not depends_on_tokens(index, {}):
+        return None
+    return ir.EmbeddingOp(index, name, op.outs[0].type)
+
+
+def _binary(make: Callable[[SSAValue, SSAValue, TensorType], Operation]) -> Callable[[ir.AtenOp], Operation | None]:
+    def rule(op: ir.AtenOp) -> Operation | None:
+        lhs, rhs = arguments(op)[:2]
+        if keywords(op) or not isinstance(lhs, SSAValue) or not isinstance(rhs, SSAValue):
+            return None
+        if parameter(lhs) is not None or parameter(rhs) is not None or not _vectors(lhs, rhs):
+            return None
+        type = op.outs[0].type
+        assert isinstance(type, TensorType)
+        return make(lhs, rhs, type)
+
+    return rule
+
+
+def _vectors(*values: SSAValue) -> bool:
+    """Whether the values have one shape, leading axes of size one apart, so that nothing is broadcast over tokens."""
+    shapes = []
+    for value in values:
+        shape = _shape(value)
+        if not isinstance(value.type, TensorType) or not isinstance(value.type.element_type, Float32Type):
+            return False
+        while shape and shape[0] == 1:
+            shape = shape[1:]
+        shapes.append(shape)
+    return all(s == shapes[0] and DYNAMIC_INDEX in s for s in shapes)
+
+
+def _mul(op: ir.AtenOp) -> Operation | None:
+    if (norm := _rms_norm(op)) is not None:
+        return norm
+    x, factor = arguments(op)[:2]
+    if isinstance(factor, SSAValue) and not isinstance(x, SSAValue):
+        x, factor = factor, x
+    if isinstance(x, SSAValue) and isinstance(factor, int | float):
+        return ir.ScaleOp(x, factor)
+    return _binary(ir.MulOp)(op)
+
+
+def _div(op: ir.AtenOp) -> Operation | None:
+    x, divisor = arguments(op)[:2]
+    if keywords(op) or not isinstance(x, SSAValue) or not isinstance(divisor, int | float) or not divisor:
+        return None
+    return ir.ScaleOp(x, 1 / divisor)
+
+
+def _neg(op: ir.AtenOp) -> Operation | None:
+    return ir.ScaleOp(op.inputs[0], -1.0)
+
+
+def _rms_norm(op: ir.AtenOp) -> Operation | None:
+    """weight * (x * rsqrt(mean(x ** 2, -1) + eps)), the factors of either product in either order."""
+    for weight, normed in (tuple(op.inputs), tuple(op.inputs)[::-1]) if len(op.inputs) == 2 else ():
+        name, product = parameter(weight), normed.owner
+        if name is None or not isinstance(product, ir.AtenOp) or product.target.data != "aten.mul.Tensor":
+            continue
+        for x, root in (tuple(product.inputs), tuple(product.inputs)[::-1]) if len(product.inputs) == 2 else ():
+            eps = _eps_of_mean_square(root, x)
+            if eps is not None and _shape(weight) == _shape(x)[-1:]:
+                return ir.RmsNormOp(x, name, eps)
+    return None
+
+
+def _eps_of_mean_square(root: SSAValue, x: SSAValue) -> float | None:
+    """eps, if `root` is rsqrt(mean(x ** 2 over the last axis) + eps)."""
+    chain = []
+    for target in ("aten.rsqrt.default", "aten.add.Tensor", "aten.mean.dim", "aten.pow.Tensor_Scalar"):
+        op = root.owner
+        if not isinstance(op, ir.AtenOp) or op.target.data != target:
+            return None
+        chain.append(op)
+        root = op.inputs[0]
+    eps, axes = arguments(chain[1])[1], arguments(chain[2])[1]
+    if root is not x or arguments(chain[3])[1] != 2 or axes not in ([-1], [len(_shape(x)) - 1]):
+        return None
+    return eps if isinstance(eps, float) else None
+
+
+def _fused_rms_norm(op: ir.AtenOp) -> Operation | None:
+    args = _named(op, "x", "sizes", "weight", "eps")
+    x, weight, eps = args["x"], parameter(args.get("weight")), args.get("eps")
+    if not isinstance(x, SSAValue) or weight is None or args["sizes"] != [_shape(x)[-1]]:
+        return None
+    return ir.RmsNormOp(x, weight, eps if isinstance(eps, float) else 2.0**-23)  # torch's default: float32's eps
+
+
+def _attention(op: ir.AtenOp) -> Operation | None:
+    args = _named(op, "q", "k", "v", "mask", "dropout", "causal")
+    q, k, v, mask = args["q"], args["k"], args["v"], args.get("mask")
+    if not (isinstance(q, SSAValue) and isinstance(k, SSAValue) and isinstance(v, SSAValue)) or args.get("dropout"):
+        return None
+    k, v = _before_repeating_heads(k), _before_repeating_heads(v)
+    shapes = [_shape(x) for x in (q, k, v)]
+    if any(len(s) != 4 or s[0] != 1 or s[2] != DYNAMIC_INDEX or s[3] != shapes[0][3] for s in shapes):
+        return None
+    heads, kv_heads, size = shapes[0][1], shapes[1][1], shapes[0][3]
+    if shapes[1] != shapes[2] or kv_heads <= 0 or heads % kv_heads:
+        return None
+    scale = args.get("scale")
+    factor = scale if isinstance(scale, int | float) else 1 / math.sqrt(size)
+    kind = "causal" if args.get("causal") else "none"
+    allowed = mask if isinstance(mask, SSAValue) else None
+    return ir.AttentionOp(q, k, v, heads, kv_heads, size, factor, mask=None if allowed else kind, allowed=allowed)
+
+
+def _before_repeating_heads(value: SSAValue) -> SSAValue:
+    """K or V before its heads were copied for their groups of query heads: reshape(expand(unsqueeze(x, 2)))."""
+    inner = value
+    for name in (("reshape", "view", "_unsafe_view"), ("expand",), ("unsqueeze",)):
+        op = inner.owner
+        if not isinstance(op, ir.AtenOp) or base_name(op) not in name:
+            return value
+        inner = op.inputs[0]
+    source, spread, copied = _shape(inner), _shape(value), _shape(value.owner.operands[0])  # type: ignore[union-attr]
+    grouped = len(copied) == 5 and copied[:2] == source[:2] and copied[3:] == source[2:]
+    joined = len(spread) == 4 and spread[1] == copied[1] * copied[2] and spread[2:] == source[2:]
+    return inner if len(source) == 4 and grouped and joined else value
+
+
+_RULES: dict[str, Callable[[ir.AtenOp], Operation | None]] = {
+    "aten.layer_norm.default": _layer_norm,
+    "aten.rms_norm.default": _fused_rms_norm,
+    "aten.linear.default": _linear,
+    "aten.matmul.default": _matmul,
+    "aten.mm.default": _matmul,
+    "aten.addmm.default": _addmm,
+    "aten.embedding.default": _embedding,
+    "aten.add.Tensor": _binary(ir.AddOp),
+    "aten.add_.Tensor": _binary(ir.AddOp),
+    "aten.mul.Tensor": _mul,
+    "aten.div.Tensor": _div,
+    "aten.neg.default": _neg,
+    "aten.scaled_dot_product_attention.default": _attention,
+}
+
+
+def _fold_biases(block: Block) -> None:
+    """A parameter added to a linear layer without a bias, for which there is no other use, becomes its bias."""
+    for op in list(block.ops):
+        if not isinstance(op, ir.AtenOp) or op.target.data != "aten.add.Tensor" or len(op.inputs) != 2:
+            continue
+        for x, added in (tuple(op.inputs), tuple(op.inputs)[::-1]):
+            linear, name = x.owner, parameter(added)
+            if not isinstance(linear, ir.LinearOp) or linear.bias is not None or name is None:
+                continue
+            if not x.has_one_use() or _shape(added) != _shape(x)[-1:] or keywords(op):
+                continue
+            linear.properties["bias"] = ir.symbol(name)
+            op.outs[0].replace_all_uses_with(x)
+            Rewriter.erase_op(op)
+            break

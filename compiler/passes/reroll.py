@@ -1,0 +1,228 @@
+"""reroll: write equal consecutive layers once, as `tb.repeat`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from typebar.compiler import ir
+from xdsl.context import Context
+from xdsl.dialects.builtin import ModuleOp, SymbolRefAttr
+from xdsl.ir import Block, Operation, OpResult, Region, SSAValue
+from xdsl.passes import ModulePass
+from xdsl.rewriter import Rewriter
+
+_NUMBER = re.compile(r"\d+")
+_TRIED = 32
+
+
+class Reroll(ModulePass):
+    """Find runs of layers that differ only in one number of their weights' names, the layer's, and loop over them."""
+
+    name = "reroll"
+
+    def apply(self, ctx: Context, op: ModuleOp) -> None:
+        """Rewrite every step in place."""
+        for step in op.body.block.ops:
+            if isinstance(step, ir.StepOp):
+                while (loop := _find(step.body.block)) is not None:
+                    _rewrite(step.body.block, loop)
+
+
+@dataclass
+class _Loop:
+    """`count` layers of `period` operations from operation `first`; the carried values in the order of their slots.
+
+    A slot is (number in the layer of the operation that yields it, or None for a value that no layer changes; the result's
+    number; the value that the first layer receives).
+    """
+
+    ops: list[Operation]
+    first: int
+    period: int
+    count: int
+    start: int = 0
+    slots: list[tuple[int | None, int, SSAValue]] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        return self.first + self.period * self.count
+
+    def layer(self, number: int) -> list[Operation]:
+        begin = self.first + self.period * number
+        return self.ops[begin : begin + self.period]
+
+
+def _find(block: Block) -> _Loop | None:
+    """The loop that covers the most operations, with the fewest carried values and the earliest start."""
+    ops = [op for op in block.ops if not isinstance(op, ir.ReturnOp)]
+    keys: dict[object, int] = {}
+    signatures = [keys.setdefault(_signature(op), len(keys)) for op in ops]
+    index = {op: i for i, op in enumerate(ops)}
+    runs = sorted(_runs(signatures), key=lambda r: (-(r[2] // r[1] + 1) * r[1], r[1]))
+    for first, period, length in runs[:_TRIED]:
+        found = []
+        for shift in range(min(period, length - period + 1)):
+            loop = _Loop(ops, first + shift, period, (length - shift) // period + 1)
+            if any(isinstance(op, ir.AttentionOp) for op in loop.layer(0)) and _fits(loop, index):
+                found.append(loop)
+        if found:
+            return min(found, key=lambda loop: (-loop.count, len(loop.slots), loop.first))
+    return None
+
+
+def _signature(op: Operation) -> tuple[object, ...]:
+    """Equal for operations that may be the same one in different layers."""
+    properties = tuple(
+        (name, _NUMBER.sub("#", a.string_value()) if isinstance(a, SymbolRefAttr) else a)
+        for name, a in sorted(op.properties.items())
+    )
+    regions = (id(op),) if op.regions else ()
+    return (op.name, properties, tuple(o.type for o in op.operands), tuple(r.type for r in op.results), regions)
+
+
+def _runs(signatures: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(first, period, length) of every longest run in which operation i equals operation i + period, of a period or more."""
+    total = len(signatures)
+    for period in range(2, total // 2 + 1):
+        length = 0
+        for i in range(total - period + 1):
+            if i < total - period and signatures[i] == signatures[i + period]:
+                length += 1
+                continue
+            if length >= period:
+                yield i - length, period, length
+            length = 0
+
+
+def _fits(loop: _Loop, index: dict[Operation, int]) -> bool:
+    """Whether names and operands allow the loop; fills in its start and slots."""
+    starts = {s for j in range(loop.period) for s in _starts([loop.layer(k)[j] for k in range(loop.count)])}
+    if None in starts or len(starts) > 1:
+        return False
+    loop.start = next(iter(starts), 0) or 0
+    for j in range(loop.period):
+        for position in range(len(loop.layer(0)[j].operands)):
+            if not _add_slot(loop, index, j, position):
+                return False
+    return _results_are_carried(loop, index)
+
+
+def _starts(ops: Sequence[Operation]) -> Iterator[int | None]:
+    """The first layer's number, for every symbol that numbers the layers; None for one that numbers them otherwise."""
+    for name, attribute in ops[0].properties.items():
+        if not isinstance(attribute, SymbolRefAttr):
+            continue
+        texts = [_text(op, name) for op in ops]
+        if len(set(texts)) > 1:
+            yield _numbered(texts)[1] if _numbered(texts) is not None else None  # type: ignore[index]
+
+
+def _text(op: Operation, name: str) -> str:
+    attribute = op.properties[name]
+    assert isinstance(attribute, SymbolRefAttr)
+    return attribute.string_value()
+
+
+def _numbered(texts: Sequence[str]) -> tuple[str, int] | None:
+    """The template and the first number of names that count upwards by one in one place; None for others."""
+    rows = [_NUMBER.findall(text) for text in texts]
+    varying = [i for i in range(len(rows[0])) if len({row[i] for row in rows}) > 1]
+    if len(varying) != 1 or ir.LAYER in texts[0]:
+        return None
+    place = varying[0]
+    first = int(rows[0][place])
+    if any(row[place] != str(first + k) for k, row in enumerate(rows)):
+        return None
+    match = list(_NUMBER.finditer(texts[0]))[place]
+    return texts[0][: match.start()] + ir.LAYER + texts[0][match.end() :], first
+
+
+def _place(value: SSAValue, index: dict[Operation, int]) -> tuple[int, int]:
+    """The number of the operation that makes a value, -1 for a block argument, and the result's number."""
+    return (index[value.op], value.index) if isinstance(value, OpResult) else (-1, 0)
+
+
+def _add_slot(loop: _Loop, index: dict[Operation, int], j: int, position: int) -> bool:
+    """Check one operand of operation j over all layers; an operand from outside its layer takes a slot."""
+    values = [loop.layer(k)[j].operands[position] for k in range(loop.count)]
+    places = [_place(v, index) for v in values]
+    begins = [loop.first + k * loop.period for k in range(loop.count)]
+    inside = [begin <= place < begin + loop.period for begin, (place, _) in zip(begins, places, strict=True)]
+    if all(inside):
+        return len({(place - begin, r) for begin, (place, r) in zip(begins, places, strict=True)}) == 1
+    if any(inside):
+        return False
+    if len(set(values)) == 1:
+        slot: tuple[int | None, int, SSAValue] = (None, 0, values[0])
+    else:
+        back = {(place - begin, r) for begin, (place, r) in zip(begins[:-1], places[1:], strict=True)}
+        source, result = next(iter(back))
+        if len(back) != 1 or not 0 <= source < loop.period:
+            return False
+        slot = (source, result, values[0])
+    if slot not in loop.slots:
+        loop.slots.append(slot)
+    return True
+
+
+def _results_are_carried(loop: _Loop, index: dict[Operation, int]) -> bool:
+    """Whether what follows the loop uses nothing but the last layer's yielded values."""
+    yielded = {(source, result) for source, result, _ in loop.slots}
+    for i in range(loop.first, loop.end):
+        for number, result in enumerate(loop.ops[i].results):
+            for use in result.uses:
+                user = index.get(use.operation, loop.end)
+                last = loop.first + (loop.count - 1) * loop.period
+                if user >= loop.end and (i < last or (i - last, number) not in yielded):
+                    return False
+    return True
+
+
+def _rewrite(block: Block, loop: _Loop) -> None:
+    inits = [init for _, _, init in loop.slots]
+    body = Block(arg_types=[v.type for v in inits])
+    mapping: dict[SSAValue, SSAValue] = {}
+    layers = [loop.layer(k) for k in range(loop.count)]
+    for j, op in enumerate(layers[0]):
+        operands = [_operand(loop, body, mapping, j, i) for i in range(len(op.operands))]
+        new = op.create(
+            operands=operands,
+            result_types=[r.type for r in op.results],
+            properties=dict(op.properties),
+            attributes=dict(op.attributes),
+        )
+        for name, attribute in op.properties.items():
+            if isinstance(attribute, SymbolRefAttr):
+                numbered = _numbered([_text(layer[j], name) for layer in layers])
+                if numbered is not None:
+                    new.properties[name] = ir.symbol(numbered[0])
+        for old, result in zip(op.results, new.results, strict=True):
+            mapping[old] = result
+            result.name_hint = old.name_hint
+        body.add_op(new)
+    yields = [
+        body.args[n] if source is None else mapping[layers[0][source].results[result]]
+        for n, (source, result, _) in enumerate(loop.slots)
+    ]
+    body.add_op(ir.YieldOp(*yields))
+    repeat = ir.RepeatOp(inits, loop.count, loop.start, Region([body]))
+    block.insert_op_before(repeat, loop.ops[loop.first])
+    for (source, result, _), out in zip(loop.slots, repeat.outs, strict=True):
+        if source is not None:
+            layers[-1][source].results[result].replace_uses_with_if(out, lambda use: use.operation not in layers[-1])
+    for op in reversed(loop.ops[loop.first : loop.end]):
+        Rewriter.erase_op(op)
+
+
+def _operand(loop: _Loop, body: Block, mapping: dict[SSAValue, SSAValue], j: int, position: int) -> SSAValue:
+    """What stands for operand `position` of the first layer's operation j inside the loop."""
+    value = loop.layer(0)[j].operands[position]
+    if value in mapping:
+        return mapping[value]
+    later = loop.layer(1)[j].operands[position]
+    for n, (source, result, init) in enumerate(loop.slots):
+        if init is value and (later is value if source is None else later is loop.layer(0)[source].results[result]):
+            return body.args[n]
+    raise AssertionError("every operand from outside has a slot")

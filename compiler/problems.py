@@ -1,0 +1,54 @@
+"""What cannot be lowered, reported all at once: the node, the reason and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from typebar.isa.errors import TypebarError
+from xdsl.dialects.builtin import StringAttr
+from xdsl.ir import Operation, SSAValue
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One operation that cannot be lowered."""
+
+    node: str
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        """One clause: node: reason; remedy."""
+        return f"{self.node}: {self.reason}; {self.remedy}"
+
+
+class LoweringError(TypebarError):
+    """A graph with operations that cannot be lowered; `items` lists them all."""
+
+    def __init__(self, items: Sequence[Problem]) -> None:
+        """Say how many there are, the first ones in full and the names of the rest."""
+        self.items = list(items)
+        first = " | ".join(str(p) for p in self.items[:_SHOWN])
+        rest = len(self.items) - _SHOWN
+        more = f" | and {rest} more, the next at {self.items[_SHOWN].node}" if rest > 0 else ""
+        noun = "operation" if len(self.items) == 1 else "operations"
+        super().__init__(f"{len(self.items)} {noun} cannot be lowered: {first}{more}")
+
+
+def node_name(op: Operation) -> str:
+    """How messages name an operation: by the exporter's node, else by its result or kind."""
+    node = op.attributes.get("node")
+    if isinstance(node, StringAttr):
+        return node.data
+    hint = op.results[0].name_hint if op.results else None
+    return f"{op.name} %{hint}" if hint else op.name
+
+
+def keep_name(new: Operation, old: Operation | SSAValue) -> None:
+    """Let `new` be known by the node that `old` came from."""
+    owner = old.owner if isinstance(old, SSAValue) else old
+    if isinstance(owner, Operation) and "node" in owner.attributes:
+        new.attributes["node"] = owner.attributes["node"]
