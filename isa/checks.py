@@ -13,6 +13,8 @@ Rules of every method below:
   a + w <= vector.words; and a must be a multiple of vector.align if w > 1. Only operands that are *words* by nature
   may lie anywhere: one-word operands and results, the pair that vargmax writes and matmul's row maxima.
 * Operands of steps that are switched off are not looked at.
+* Before any operand, the instruction's own index must be below the program's length (PROGRAM_END: a branch outside
+  the program traps at its target, not at the branch), then its word must decode (ILLEGAL).
 * A region that is not bound has length 0. An access of no bytes is inside every region.
 """
 
@@ -88,16 +90,6 @@ class Checker:
         if last >= address and (address < 0 or last + size > self._region_bytes[region]):
             return Trap.REGION_BOUNDS
         return Trap.NONE
-
-    # Sequencer -----------------------------------------------------------------------------------------
-    @staticmethod
-    def fetch(index: int, length: int, legal: bool) -> Trap:
-        """Before an instruction is issued: its index must be below the program's length (PROGRAM_END), and its
-        word must decode (ILLEGAL). A branch outside the program therefore traps at its target, not at the branch.
-        """
-        if not 0 <= index < length:
-            return Trap.PROGRAM_END
-        return Trap.NONE if legal else Trap.ILLEGAL
 
     # Vector --------------------------------------------------------------------------------------------
     def binary(self, one_word: bool, immediate: bool, dst: int, a: int, b: int, n: int) -> Trap:
