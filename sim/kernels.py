@@ -160,23 +160,26 @@ def matmul(
         kernels_matmul.start_accumulators(np.ascontiguousarray(acc, np.float32), out)
     if m == 0 or n == 0 or k <= 0:
         return out, 0
-    padded = -(-k // lanes) * lanes
+    rows = -(-k // lanes) * lanes
     last_width = _last_width(n, width, granule, full)
     # Of the last block only the columns below n need to exist in memory.
     start = (n - 1) // width * width
-    end = start * padded + (padded - lanes) * last_width + (n - start) * lanes
+    end = start * rows + (rows - lanes) * last_width + (n - start) * lanes
     stored = _elements(memory, byte_offset, fmt, end)
     raw_patch, flags = _raw_patch(fmt, patch_kind, patch_at, patch, k, n)
-    operands, powers = np.empty((m, k), np.float32), np.empty((m, k), np.float32)
-    flags |= kernels_matmul.convert_vectors(np.ascontiguousarray(x, np.float32), k, operands, powers)
+    has_nan = np.zeros((m, rows // lanes), np.bool_)
+    padded = -(-lanes // kernels_matmul.GROUP) * kernels_matmul.GROUP
+    operands, powers = np.zeros((2, has_nan.size * padded), np.float32)
+    vectors = np.ascontiguousarray(x, np.float32)
+    flags |= kernels_matmul.convert_vectors(vectors, k, lanes, padded, operands, powers, has_nan)
     kind = int(patch_kind)
 
     def columns(first: int, last: int) -> int:
-        return int(
-            kernels_matmul.matmul_columns(
-                stored, operands, powers, k, lanes, width, n, last_width, kind, patch_at, raw_patch, first, last, out
-            )
-        )
+        raised = kernels_matmul.matmul_columns(
+            stored, operands, powers, has_nan, k, lanes, padded, width, n, last_width,
+            kind, patch_at, raw_patch, first, last, out,
+        )  # fmt: skip
+        return int(raised)
 
     parts = min(_pool.count, n, m * n * k // _PRODUCTS_PER_THREAD + 1)
     if parts == 1:

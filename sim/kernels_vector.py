@@ -27,8 +27,8 @@ from typebar.sim.kernels_bits import (
     f32_mul,
     f32_sub,
     flush,
-    half_f32,
 )
+from typebar.sim.kernels_simd import as_operand
 from typebar.sim.kernels_unary import unary_kernel
 
 F32Array = NDArray[np.float32]
@@ -239,7 +239,7 @@ def _encode_int8(x, raw):  # type: ignore[no-untyped-def]
 @njit(**JIT)
 def _decode_half(raw, out):  # type: ignore[no-untyped-def]
     for i in range(raw.size):
-        value = half_f32(raw[i])
+        value = as_operand(raw[i])
         out[i] = bits_f32(NAN_BITS) if value != value else value
 
 
