@@ -18,7 +18,7 @@ from typebar.isa.numerics import NumericFlag
 from typebar.isa.program import Op, Program, decode_op
 from typebar.sim import kernels
 from typebar.sim.functional_matmul import MatmulBuilder
-from typebar.sim.functional_ops import AT_RING, BUILDERS, Step, gather
+from typebar.sim.functional_ops import AT_RING, BUILDERS, Builder, Step, gather
 from typebar.sim.functional_state import DeviceMemory, DeviceState, DeviceTrap, StoreHook
 
 __all__ = [
@@ -196,7 +196,7 @@ def _decode_words(words: NDArray[np.uint8] | bytes) -> list[Op | None]:
 
 
 def _compile(ops: Sequence[Op | None], machine: Machine) -> list[Step]:
-    builders = {**BUILDERS, "matmul": MatmulBuilder(machine)}
+    builders: dict[str, Builder] = {**BUILDERS, "matmul": MatmulBuilder(machine)}
     return [_illegal if op is None else builders[op.kind.name](op, index) for index, op in enumerate(ops)]
 
 
