@@ -56,11 +56,9 @@ def convert_vectors(x, k, lanes, padded, operands, powers, has_nan):  # type: ig
 
 
 @njit(**JIT)
-def _decode(raw, at, count, padded, values):  # type: ignore[no-untyped-def]
-    """Operands of `count` raw elements from index `at` on, and zeros up to `padded`."""
-    groups = count // GROUP
-    decode_groups(raw, at, groups, values)
-    for i in range(groups * GROUP, padded):
+def _decode_rest(raw, at, first, count, padded, values):  # type: ignore[no-untyped-def]
+    """Operands of the elements first..count-1 of a chunk that starts at index `at`, and zeros up to `padded`."""
+    for i in range(first, padded):
         values[i] = as_operand(raw[at + i]) if i < count else np.float32(0)
 
 
@@ -96,21 +94,6 @@ def _exact_sum(w, x, at, count):  # type: ignore[no-untyped-def]
 
 
 @njit(**JIT)
-def _chunk_sum(w, x, powers, at, has_nan, count, padded, products):  # type: ignore[no-untyped-def]
-    """The sum of one chunk of `count` present lanes, x from index `at` on; returns (sum, flags)."""
-    groups = padded // GROUP
-    top = multiply_groups(w, x, powers, at, groups, products)
-    exponent = (top >> 23) - 127
-    if has_nan or exponent > MAX_FAST_EXPONENT:
-        return _exact_sum(w, x, at, count)
-    if top == 0:
-        return np.float32(0), 0
-    total = sum_groups(products, groups, bits_f32((150 - exponent) << 23))
-    # A sum fits 24 bits after one rounding; then a power of two scales it exactly, or to infinity.
-    return np.float32(total) * bits_f32((exponent + 104) << 23), 0
-
-
-@njit(**JIT)
 def matmul_columns(  # type: ignore[no-untyped-def]
     stored, operands, powers, has_nan, k, lanes, padded, width, columns, last_width,
     patch_kind, patch_at, patch, first, last, out,
@@ -120,30 +103,44 @@ def matmul_columns(  # type: ignore[no-untyped-def]
     `stored` holds the matrix's raw elements from its first on; `columns` of them, in blocks of `width`, the last
     block stored at `last_width`. `patch` holds raw elements: k for a column, n for a lane. The vectors come as
     `convert_vectors` leaves them. Returns flags.
+
+    The loops stand in one function because passing arrays on costs reference counts, more than a chunk takes.
     """
     flags = 0
     rows, chunks = has_nan.shape
     values, products = np.empty(padded, np.float32), np.empty(padded, np.float32)
+    groups = padded // GROUP
     for block in range(first // width, (last + width - 1) // width):
         start = block * width
         block_width = width if start + width < columns else last_width
         for c in range(chunks):
             k0 = c * lanes
             count = min(lanes, k - k0)
+            whole = count // GROUP
             base = start * chunks * lanes + c * block_width * lanes
             for column in range(max(first, start), min(last, start + width)):
+                at = base + (column - start) * lanes
                 if patch_kind == PATCH_COLUMN and column == patch_at:
-                    _decode(patch, k0, count, padded, values)
+                    _decode_rest(patch, k0, 0, count, padded, values)
                 else:
-                    _decode(stored, base + (column - start) * lanes, count, padded, values)
+                    decode_groups(stored, at, whole, values)
+                    if whole < groups:
+                        _decode_rest(stored, at, whole * GROUP, count, padded, values)
                 if patch_kind == PATCH_LANE and k0 <= patch_at < k0 + count:
                     values[patch_at - k0] = as_operand(patch[column])
                 for r in range(rows):
-                    at = (r * chunks + c) * padded
-                    total, raised = _chunk_sum(
-                        values, operands, powers, at, has_nan[r, c], count, padded, products
-                    )
-                    flags |= raised
+                    x_at = (r * chunks + c) * padded
+                    top = multiply_groups(values, operands, powers, x_at, groups, products)
+                    exponent = (top >> 23) - 127
+                    if has_nan[r, c] or exponent > MAX_FAST_EXPONENT:
+                        total, raised = _exact_sum(values, operands, x_at, count)
+                        flags |= raised
+                    elif top == 0:
+                        total = np.float32(0)
+                    else:
+                        units = sum_groups(products, groups, bits_f32((150 - exponent) << 23))
+                        # Rounded once to 24 bits; then a power of two scales it exactly, or to infinity.
+                        total = np.float32(units) * bits_f32((exponent + 104) << 23)
                     out[r, column] = f32_add(out[r, column], total)
     return flags
 

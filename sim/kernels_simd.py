@@ -76,9 +76,7 @@ def _half(builder: Any, raw: Any) -> Any:
     small = builder.fmul(builder.uitofp(magnitude.value, kind), _constant(kind, 2.0**-24))
     shifted = magnitude("shl", 13)
     result = shifted("add", 112 << 23)
-    result = result.replace(
-        magnitude.test("<", 0x0400), _Bits(builder, builder.bitcast(small, _like(raw, _WORD)))
-    )
+    result = result.replace(magnitude.test("<", 0x0400), _Bits(builder, builder.bitcast(small, _like(raw, _WORD))))
     result = result.replace(magnitude.test(">=", 0x7C00), shifted("or_", _EXPONENT))
     return builder.bitcast(result.join("or_", bits("and_", 0x8000)("shl", 16)).value, kind)
 
@@ -137,9 +135,7 @@ class _Vectors:
         kind = self.signature.args[array]
         data = self.context.make_array(kind)(self.context, self.builder, self.args[array]).data
         element = self.context.get_data_type(kind.dtype)
-        return self.builder.bitcast(
-            self.builder.gep(data, [index]), ir.VectorType(element, GROUP).as_pointer()
-        )
+        return self.builder.bitcast(self.builder.gep(data, [index]), ir.VectorType(element, GROUP).as_pointer())
 
     def load(self, array: int, index: Any) -> Any:
         """The vector at an element index, which need not be aligned to more than the element."""
@@ -187,9 +183,7 @@ def decode_groups(_context: Any, raw: Any, at: Any, groups: Any, values: Any) ->
 
 
 @intrinsic
-def multiply_groups(
-    _context: Any, w: Any, x: Any, powers: Any, at: Any, groups: Any, products: Any
-) -> Any:
+def multiply_groups(_context: Any, w: Any, x: Any, powers: Any, at: Any, groups: Any, products: Any) -> Any:
     """products = w * x[at :], and the largest bit pattern of 2^(exponent of w + exponent of x), as an int32.
 
     `powers` holds 2^exponent of x, 0 for zero. A zero product counts 0. A w that is not finite counts infinity.
