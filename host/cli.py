@@ -1,0 +1,62 @@
+"""The `typebar` command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from typebar.host import cli_doctor, cli_model, cli_tools
+from typebar.host.cli_errors import guarded
+
+app = typer.Typer(
+    name="typebar",
+    help="Compile GPT models to accelerator images, simulate them to the bit and the cycle, and generate text.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for _command in (
+    cli_model.compile_,
+    cli_model.run,
+    cli_model.simulate,
+    cli_tools.disasm,
+    cli_tools.asm,
+    cli_tools.opt,
+    cli_tools.machines,
+    cli_tools.models,
+    cli_tools.unary_errors,
+    cli_doctor.doctor,
+):
+    app.command(name=_command.__name__.rstrip("_").replace("_", "-"))(_command)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"typebar {installed('typebar')}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status (see `cli_errors`)."""
+
+    def run() -> int:
+        status = app(args=arguments, prog_name="typebar", standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+
+    return guarded(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

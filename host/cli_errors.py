@@ -1,0 +1,59 @@
+"""How the command line fails: one line on standard error and an exit status, never a traceback.
+
+| status | meaning |
+|---|---|
+| 0 | done |
+| 1 | a failure while running: a device, memory, the disk |
+| 2 | bad usage or bad input |
+| 70 | a defect of Typebar |
+| 130 | interrupted |
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from typebar.isa.errors import TypebarError
+from typer.exceptions import Abort, TyperException
+
+FAILED, USAGE, DEFECT, INTERRUPTED = 1, 2, 70, 130
+DEBUG = "TYPEBAR_DEBUG"
+"""Environment variable that lets tracebacks through when it is set."""
+
+
+def guarded(run: Callable[[], int]) -> int:
+    """The status of `run`, or one line on standard error and the status of what it raised."""
+    try:
+        return run()
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            raise
+        status, text = _describe(error)
+    except KeyboardInterrupt:
+        status, text = INTERRUPTED, "interrupted"
+    print(f"typebar: error: {text}", file=sys.stderr)
+    return status
+
+
+def _describe(error: Exception) -> tuple[int, str]:
+    """Exit status and message of an exception."""
+    if isinstance(error, TyperException):
+        return error.exit_code or USAGE, _one_line(error.format_message())
+    if isinstance(error, Abort):
+        return INTERRUPTED, "interrupted"
+    if isinstance(error, TypebarError):
+        failed = any(base.__name__ == "DeviceError" for base in type(error).__mro__)
+        return FAILED if failed else USAGE, _one_line(str(error))
+    if isinstance(error, OSError):
+        place = f"{error.filename!r}: " if error.filename is not None else ""
+        return FAILED, _one_line(f"{place}{error.strerror or error}")
+    if isinstance(error, MemoryError):
+        return FAILED, "out of memory: use a smaller model, a shorter context or a larger host"
+    text = _one_line(str(error)) or "no message"
+    return DEFECT, f"internal error, {type(error).__name__}: {text} (set {DEBUG}=1 for the traceback)"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,177 @@
+"""Commands that take a model through: compile, run, simulate."""
+
+from __future__ import annotations
+
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typebar.host.cli_output import note, print_facts, print_json, print_table, progress, settings
+from typebar.host.cli_tools import Json
+from typebar.isa.errors import TypebarError
+
+if TYPE_CHECKING:
+    from typebar.host.report import SimulationReport
+
+
+class WeightFormat(StrEnum):
+    """Formats that weights and caches are stored in."""
+
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+class DeviceChoice(StrEnum):
+    """What runs an image."""
+
+    AUTO = "auto"
+    SIM = "sim"
+    TORCH = "torch"
+
+
+Weights = Annotated[WeightFormat, typer.Option("--weights", help="Format of weights and caches.")]
+
+
+def compile_(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory or a shipped model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The image to write.")],
+    machine: Annotated[str, typer.Option(help="A shipped machine or a .toml file.")] = "u280",
+    devices: Annotated[int, typer.Option(help="Devices on the ring.")] = 4,
+    weights: Weights = WeightFormat.FP16,
+    as_json: Json = False,
+) -> None:
+    """Compile a model to an image for a ring of devices."""
+    from typebar.host import api
+
+    start = time.perf_counter()
+    with progress(f"compiling {model}", as_json) as update:
+        api.compile(model, output, machine=machine, devices=devices, weights=weights.value, progress=update)
+    from typebar.isa.image import Image
+
+    with Image.open(output, verify=False) as image:
+        manifest, instructions = image.manifest, len(image.program)
+    facts = {
+        "image": str(output),
+        "model": manifest.name,
+        "machine": manifest.machine.name,
+        "devices": manifest.devices,
+        "weights": manifest.weights_format,
+        "image_bytes": output.stat().st_size,
+        "instructions": instructions,
+        "program_bytes": instructions * 64,
+        "weight_bytes": manifest.accounting["weight_bytes"],
+        "packed_weight_bytes": manifest.accounting["packed_weight_bytes"],
+        "wall_s": round(time.perf_counter() - start, 3),
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        print_facts("Compiled", [(k.replace("_", " "), _grouped(v)) for k, v in facts.items()])
+
+
+def run(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="An image.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
+    device: Annotated[DeviceChoice, typer.Option(help="What runs it.")] = DeviceChoice.AUTO,
+    do_sample: Annotated[bool, typer.Option("--do-sample", help="Sample; greedy otherwise.")] = False,
+    temperature: Annotated[float, typer.Option(help="Divides the logits.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the K most likely tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the tokens that make up this probability.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Generate text from a prompt."""
+    from typebar.host import api
+
+    def stream(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    model = api.load(image, device=device.value)
+    result = model.generate(
+        prompt,
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        streamer=None if as_json else stream,
+    )
+    if as_json:
+        print_json(result.to_json())
+        return
+    print()
+    for reason in result.reasons:
+        note(reason)
+    note(f"{len(result.tokens)} tokens on {result.device}, stopped by {result.finish_reason}")
+
+
+def simulate(
+    image: Annotated[str | None, typer.Argument(metavar="[IMAGE]", help="An image.")] = None,
+    shape: Annotated[str | None, typer.Option(help="A shape without weights, such as gpt2-xl.")] = None,
+    machine: Annotated[str | None, typer.Option(help="Default: the image's, or u280.")] = None,
+    devices: Annotated[int | None, typer.Option(help="Default: the image's, or 4.")] = None,
+    weights: Weights = WeightFormat.FP16,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a machine parameter.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
+    trace: Annotated[Path | None, typer.Option(help="Write a Perfetto trace here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Count the cycles of a generation, without computing it."""
+    source = image if image is not None else shape
+    if source is None or (image is not None and shape is not None):
+        raise TypebarError("simulate takes one of IMAGE and --shape NAME: give exactly one")
+    from typebar.host import api
+
+    with progress(f"simulating {source}", as_json):
+        report = api.simulate(
+            source,
+            machine=machine,
+            devices=devices,
+            weights=weights.value,
+            settings=settings(changes or []),
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            trace=trace,
+        )
+    if as_json:
+        print_json(report.to_json())
+    else:
+        print_report(report)
+
+
+def print_report(report: SimulationReport) -> None:
+    """The tables of a simulation."""
+    data = report.to_json()
+    prefill, decode = data["prefill"], data["decode"]
+    rows: list[tuple[str, object]] = [
+        ("machine", f"{data['machine']} x {data['devices']} at {data['clock_mhz']} MHz"),
+        ("program", f"{data['program_bytes']:,} bytes, SHA-256 {data['program_sha256'][:16]}..."),
+        ("prefill", f"{prefill['tokens']} tokens, {prefill['cycles']:,} cycles, {prefill['ms']:.3f} ms"),
+        ("decode", f"{decode['tokens']} tokens, {decode['cycles']:,} cycles"),
+    ]
+    if decode["ms_per_token"] is not None:
+        rows += [
+            ("ms/token", f"{decode['ms_per_token']:.4f} (limit {decode['limit_ms_per_token']:.4f})"),
+            ("tokens/s", f"{decode['tokens_per_s']:.1f}"),
+            ("HBM bytes/token", f"{decode['hbm_bytes_per_token']:,.0f}"),
+            ("HBM utilisation", f"{decode['hbm_utilization']:.1%}"),
+        ]
+    rows += [("total", f"{data['total_ms']:.3f} ms"), ("wall", f"{data['wall_s']:.2f} s")]
+    print_facts("Simulation", rows)
+    total = sum(data["breakdown"].values())
+    shares = [(cause, f"{count:,}", f"{count / total:.1%}") for cause, count in data["breakdown"].items() if count]
+    print_table("Matrix unit of device 0, every cycle by cause", ("cause", "cycles", "share"), shares, numbers=(1, 2))
+
+
+def _grouped(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+__all__ = ["compile_", "print_report", "run", "simulate"]
