@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numba import config
 from numpy.typing import NDArray
-
 from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import Format, Patch
 from typebar.sim import kernels_matmul
+from typebar.sim.kernels_simd import GROUP
 from typebar.sim.kernels_vector import (
     add,
     argmax,
@@ -151,7 +151,7 @@ def matmul(
     m = x.shape[0]
     if x.ndim != 2 or x.shape[1] < k or not 1 <= lanes <= 128 or width < 1:
         raise TypebarError(
-            f"matmul needs x [m, >= k], 1 <= lanes <= 128 and width >= 1, not x {x.shape}, k = {k}, lanes = {lanes}, width = {width}"
+            f"matmul needs x [m, >= {k}], 1 <= lanes <= 128 and width >= 1, not {x.shape}, {lanes} and {width}"
         )
     if acc is not None and acc.shape != (m, n):
         raise TypebarError(f"acc must have shape {(m, n)}, not {acc.shape}")
@@ -168,7 +168,7 @@ def matmul(
     stored = _elements(memory, byte_offset, fmt, end)
     raw_patch, flags = _raw_patch(fmt, patch_kind, patch_at, patch, k, n)
     has_nan = np.zeros((m, rows // lanes), np.bool_)
-    padded = -(-lanes // kernels_matmul.GROUP) * kernels_matmul.GROUP
+    padded = -(-lanes // GROUP) * GROUP
     operands, powers = np.zeros((2, has_nan.size * padded), np.float32)
     vectors = np.ascontiguousarray(x, np.float32)
     flags |= kernels_matmul.convert_vectors(vectors, k, lanes, padded, operands, powers, has_nan)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import njit, types
 from numba.extending import intrinsic
 
@@ -28,7 +28,7 @@ FLAG_STORE_SATURATED = 2
 FLAG_ARGMAX_NAN = 4
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def f32_bits(_context: Any, x: Any) -> Any:
     """The bit pattern of a float32 as an int32."""
 
@@ -38,7 +38,7 @@ def f32_bits(_context: Any, x: Any) -> Any:
     return types.int32(types.float32), generate
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def bits_f32(_context: Any, x: Any) -> Any:
     """The float32 of an int32 bit pattern."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 from numba import njit
-
 from typebar.sim.kernels_bits import (
     EXPONENT,
     FLAG_OPERAND_OVERFLOW,
@@ -73,7 +72,8 @@ def _exact_sum(w, x, at, count):  # type: ignore[no-untyped-def]
         if w_bits == EXPONENT:
             flags = FLAG_OPERAND_OVERFLOW
             w_bits = np.int64(OPERAND_MAX_BITS)
-        nan = nan or w_bits > EXPONENT or x_bits > EXPONENT
+        if w_bits > EXPONENT or x_bits > EXPONENT:
+            nan = True
         if w_bits != 0 and x_bits != 0:
             top = max(top, (w_bits >> 23) + (x_bits >> 23) - 254)
     if nan:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding
-from llvmlite import ir
+import llvmlite.binding  # type: ignore[import-untyped]
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -110,7 +110,7 @@ _OPERANDS: dict[Any, Callable[[Any, Any], Any]] = {
 """How each memory format becomes operands, by the element type that stands for it."""
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def as_operand(_context: Any, raw: Any) -> Any:
     """Operand of a raw element, by its type: uint16 FP16, int16 BF16, int8 INT8, float32 FP32 or a register.
 
@@ -168,7 +168,7 @@ class _Vectors:
 _VECTOR = types.Array(types.float32, 1, "C")
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def decode_groups(_context: Any, raw: Any, at: Any, groups: Any, values: Any) -> Any:
     """values[0 : 16 groups] = operands of the raw elements from index `at` on."""
     emit = _OPERANDS[raw.dtype]
@@ -182,7 +182,7 @@ def decode_groups(_context: Any, raw: Any, at: Any, groups: Any, values: Any) ->
     return types.void(raw, types.intp, types.intp, values), generate
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def multiply_groups(_context: Any, w: Any, x: Any, powers: Any, at: Any, groups: Any, products: Any) -> Any:
     """products = w * x[at :], and the largest bit pattern of 2^(exponent of w + exponent of x), as an int32.
 
@@ -208,7 +208,7 @@ def multiply_groups(_context: Any, w: Any, x: Any, powers: Any, at: Any, groups:
     return types.int32(w, x, powers, types.intp, types.intp, products), generate
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def sum_groups(_context: Any, products: Any, groups: Any, scale: Any) -> Any:
     """Exact int64 sum of products * scale, each truncated towards zero; at most 8 groups, terms below 2^28."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from numba import njit
-
 from typebar.isa.instructions import Function
 from typebar.isa.numerics.unary import (
     EXP_MAX_EXPONENT,
@@ -18,7 +17,7 @@ from typebar.isa.numerics.unary import (
     TANH_SPLIT,
 )
 from typebar.isa.numerics.unary_rom import FRACTION_BITS, OFFSET_BITS, REGIONS, Curve
-from typebar.sim.kernels_bits import EXPONENT, JIT, MAGNITUDE, NAN_BITS, bits_f32, canonical, f32_bits, f32_max
+from typebar.sim.kernels_bits import EXPONENT, JIT, NAN_BITS, bits_f32, canonical, f32_bits, f32_max
 
 _HALF = 1 << (OFFSET_BITS - 2)
 _EXP2, _EXP2_BITS = REGIONS[Curve.EXP2].base, REGIONS[Curve.EXP2].index_bits + OFFSET_BITS
@@ -162,9 +161,9 @@ def f32_unary(function, x):  # type: ignore[no-untyped-def]
     infinite = magnitude == EXPONENT
     if function == RSQRT and (negative or infinite):
         result = np.int64(EXPONENT if magnitude == 0 else NAN_BITS if negative else 0)
-    elif magnitude == 0 and (function == RECIP or function == RSQRT):
+    elif magnitude == 0 and function in (RECIP, RSQRT):
         result = np.int64(EXPONENT)
-    elif infinite and (function == SILU or function == GELU_ERF or function == GELU_TANH):
+    elif infinite and function in (SILU, GELU_ERF, GELU_TANH):
         result = np.int64(0 if negative else EXPONENT)
     else:
         result = _finite(function, negative, m, e, bits_f32(magnitude))

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
-
 from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import FORMAT_BYTES, Format, Function
 from typebar.isa.numerics import raw_dtype
@@ -18,7 +17,6 @@ from typebar.sim.kernels_bits import (
     JIT,
     MAGNITUDE,
     NAN_BITS,
-    SIGN,
     bits_f32,
     canonical,
     f32_add,

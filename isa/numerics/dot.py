@@ -4,7 +4,7 @@ One chunk holds at most `lanes` products. Its sum is worked out as tensor cores 
 
 1. A NaN in any present lane makes the sum the canonical NaN.
 2. Products that are zero take no part. If none remains the sum is +0.
-3. E is the largest sum of the two operands' exponents (of the operands, not of the product: 1.5 x 1.5 = 2.25 has E = 0).
+3. E is the largest sum of the two operands' exponents. (Of the operands, not of the product: 1.5 x 1.5 has E = 0.)
 4. Each exact product's magnitude is truncated to a multiple of 2^(E-23) and given its sign; all are added exactly.
 5. An exact zero is +0; any other sum is rounded once to float32, nearest even; 2^128 and above is infinity.
 
@@ -59,7 +59,7 @@ def chunk_sum(weights: F32Array, x: F32Array) -> F32Array:
     total = aligned.sum(axis=1)
     with np.errstate(over="ignore"):
         value = np.ldexp(total.astype(np.float32), top - ALIGNED_FRACTION_BITS)
-    nan = is_nan(x).any(axis=1)[:, None] | is_nan(weights).any(axis=0)[None]
+    nan = np.logical_or.outer(is_nan(x).any(axis=1), is_nan(weights).any(axis=0))
     return from_bits(np.where(nan, CANONICAL_NAN, bits_of(value)))
 
 

@@ -26,17 +26,17 @@ F32Array = NDArray[np.float32]
 U32Array = NDArray[np.uint32]
 
 
-_DTYPES: dict[Format, Any] = {
-    Format.FP16: np.uint16,
-    Format.BF16: np.uint16,
-    Format.INT8: np.int8,
-    Format.FP32: np.uint32,
+_DTYPES: dict[Format, np.dtype[Any]] = {
+    Format.FP16: np.dtype(np.uint16),
+    Format.BF16: np.dtype(np.uint16),
+    Format.INT8: np.dtype(np.int8),
+    Format.FP32: np.dtype(np.uint32),
 }
 
 
 def raw_dtype(fmt: Format) -> np.dtype[Any]:
     """The NumPy type that holds one raw memory element of a format."""
-    return np.dtype(_DTYPES[fmt])
+    return _DTYPES[fmt]
 
 
 class NumericFlag(IntFlag):

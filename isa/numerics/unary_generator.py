@@ -34,7 +34,8 @@ def fit_segment(curve: Curve, segment: int) -> tuple[int, ...]:
     def sample(u: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.array([CURVES[curve]((segment + (1 + v) / 2) * width) for v in u.tolist()])
 
-    power = chebyshev.cheb2poly(chebyshev.chebinterpolate(sample, 3)).tolist()
+    nodes = chebyshev.chebpts1(4)
+    power = chebyshev.cheb2poly(chebyshev.chebfit(nodes, sample(nodes), 3)).tolist()
     for k in reversed(range(1 << FIELDS[-1].bits)):
         values = (*(round(math.ldexp(c, FRACTION_BITS + k)) for c in power), k)
         if all(field.fits(value) for field, value in zip(FIELDS, values, strict=True)):
