@@ -212,7 +212,7 @@ def parse_manifest(data: Any, words: int) -> Manifest:
     _check_addresses(manifest)
     if machine.contract_hash() != manifest.contract_hash or machine.timing_hash() != manifest.timing_hash:
         raise ImageError("manifest: its machine does not hash to its contract and timing hashes: compile again")
-    check_fit(manifest, machine, words)
+    _check_fit(manifest, words)
     return manifest
 
 
@@ -242,24 +242,6 @@ def check_tokenizer(data: bytes) -> None:
     """
     if data and not isinstance(loads(data, "tokenizer"), dict):
         raise ImageError("tokenizer is not a JSON object: give the contents of a tokenizer.json")
-
-
-def check_fit(manifest: Manifest, machine: Machine, words: int) -> None:
-    """Refuse regions or a program larger than the machine's memories.
-
-    Raises:
-        ImageError: names the memory, the bytes needed and the capacity.
-    """
-    sizes = manifest.regions
-    hbm = sum(sizes[region] for region in HBM_REGIONS)
-    needs = [
-        ("HBM", hbm, machine.hbm.capacity_bytes, "use more devices or a shorter context"),
-        ("DDR", sum(sizes.values()) - hbm, machine.ddr.capacity_bytes, "use more devices"),
-        ("program memory", words * WORD_BYTES, machine.control.program_bytes, "use a larger machine"),
-    ]
-    for memory, need, capacity, remedy in needs:
-        if need > capacity:
-            raise ImageError(f"image needs {need} bytes of {memory} on each device, which has {capacity}: {remedy}")
 
 
 def _check_versions(top: _Table) -> None:
@@ -336,6 +318,20 @@ def _check_addresses(manifest: Manifest) -> None:
             raise ImageError(
                 f"manifest: region {region.name} has {size} bytes, no multiple of {LINE_BYTES}: compile again"
             )
+
+
+def _check_fit(manifest: Manifest, words: int) -> None:
+    machine = manifest.machine
+    sizes = manifest.regions
+    hbm = sum(sizes[region] for region in HBM_REGIONS)
+    needs = [
+        ("HBM", hbm, machine.hbm.capacity_bytes, "use more devices or a shorter context"),
+        ("DDR", sum(sizes.values()) - hbm, machine.ddr.capacity_bytes, "use more devices"),
+        ("program memory", words * WORD_BYTES, machine.control.program_bytes, "use a larger machine"),
+    ]
+    for memory, need, capacity, remedy in needs:
+        if need > capacity:
+            raise ImageError(f"image needs {need} bytes of {memory} on each device, which has {capacity}: {remedy}")
 
 
 def tensor_json(record: TensorRecord) -> dict[str, Any]:

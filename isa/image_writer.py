@@ -95,7 +95,6 @@ def write_image(
     manifest = parse_manifest(loads(draft, "manifest"), len(texts["program"]) // WORD_BYTES)
     shape = _Shape(manifest, texts, len(draft))
     with _replacing(Path(path)) as put:
-        put(shape.file_bytes, b"")
         written = _write_tensors(put, shape, manifest.tensors, payload, progress)
         manifest = replace(manifest, tensors=tuple(written))
         data["tensors"] = [tensor_json(record) for record in written]
@@ -181,7 +180,7 @@ def _program_bytes(program: NDArray[np.uint8]) -> bytes:
 
 
 Put = Callable[[int, bytes | memoryview], None]
-"""Writes bytes at an offset of the new file, which grows to that offset if it is shorter."""
+"""Writes bytes at an offset of the new file; bytes never written read as zeros."""
 
 
 def _write_tensors(
@@ -232,8 +231,6 @@ def _replacing(path: Path) -> Iterator[Put]:
 
             def put(offset: int, data: bytes | memoryview) -> None:
                 with _explained(path):
-                    if offset > os.fstat(file.fileno()).st_size:
-                        file.truncate(offset)
                     file.seek(offset)
                     view = memoryview(data)
                     while view:

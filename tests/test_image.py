@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import resource
+import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -201,10 +202,11 @@ def test_a_target_that_cannot_be_a_file(tmp_path: Path, target: str, message: st
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_a_device_file_is_not_replaced() -> None:
+def test_a_pipe_or_device_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ImageError, match="no regular file"):
-        write(Path("/dev/null"))
-    assert not Path("/dev/null").is_file()
+        write(tmp_path / "pipe")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 WEIGHT = TensorPlan("w", Region.WEIGHTS, 0, 10)
@@ -406,6 +408,8 @@ def test_headers_that_lie(good: Path, tmp_path: Path) -> None:
         ({"device.0.weights.qkv": entry([qkv[0], 2**62])}, "header says"),
         ({"device.0.weights.qkv": entry([qkv[0], qkv[1] - 64])}, "no safetensors file"),
         ({"device.0.weights.qkv": {"dtype": "U8"}}, "entry 'device.0.weights.qkv' is damaged"),
+        ({"graph": {**header["graph"], "data_offsets": ["a", "b"]}}, "'graph' must be bytes"),
+        ({"graph": {**header["graph"], "shape": [1.5]}}, "'graph' must be bytes"),
         ({"__metadata__": {"format": "typebar image"}}, "metadata is damaged"),
         ({"__metadata__": {"format": "pt"}}, "no Typebar image"),
     ]
@@ -417,6 +421,41 @@ def test_headers_that_lie(good: Path, tmp_path: Path) -> None:
     text = json.dumps(header).encode()
     (tmp_path / "bad").write_bytes(struct.pack("<Q", len(text)) + text + data)
     refuse(tmp_path / "bad", "no multiple of 4096")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer", b'["a", 1]', "tokenizer is not a JSON object"),
+        ("tokenizer", b'{"a": 1 ', "tokenizer is not valid JSON"),
+        ("graph", b"\xff", "graph is not UTF-8"),
+        ("program", b"\xff", "word 0 is no instruction"),
+    ],
+)
+def test_contents_that_are_wrong_although_their_checksums_match(
+    good: Path, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    header, data = take_apart(good)
+    start, end = header[name]["data_offsets"]
+    data[start : start + len(content)] = content
+    digest = hashlib.sha256(data[start:end]).hexdigest()
+    path = put_together(tmp_path / "bad", header, data)
+    refuse(with_manifest(path, path, setter(digest, "sha256", name)), message)
+
+
+def test_an_empty_program(good: Path, tmp_path: Path) -> None:
+    header, data = take_apart(good)
+    start, end = header["program"]["data_offsets"]
+    for name in ("graph", "tokenizer", "manifest"):
+        header[name]["data_offsets"] = [offset - (end - start) for offset in header[name]["data_offsets"]]
+    header["program"] = entry([start, start], shape=[0, 64])
+    path = put_together(tmp_path / "bad", header, data[:start] + data[end:])
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest.update(entries={}, labels={}, comments={})
+        manifest["sha256"]["program"] = hashlib.sha256(b"").hexdigest()
+
+    refuse(with_manifest(path, path, change), r"'program' has shape \(0, 64\)")
 
 
 def test_missing_tensors(good: Path, tmp_path: Path) -> None:
