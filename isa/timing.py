@@ -1,0 +1,423 @@
+"""The timing contract: when every instruction starts, occupies its unit and completes, as pure integer formulas.
+
+The contract itself, rule by rule, is docs/timing.md. The formulas here are its only implementation: the timing
+simulator compiles them, the RTL and the compiler's cost model import them. All are functions of plain integers
+and of `TimingParameters`; times are cycles of the one clock, counted from 0 at start. No formula depends on data.
+
+Three times describe an instruction: `t`, the cycle in which it issues; `start`, its first cycle in its unit; and
+`done`, the first cycle in which a dependent instruction may start.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+from typebar.isa.errors import TypebarError
+from typebar.isa.instructions import BY_NAME, FORMAT_BYTES, Format, Patch, Region, Scale, Source, Unit
+from typebar.isa.machine import LINE_BYTES, Machine
+
+FETCH_UNIT = len(Unit)
+"""The fetch engine is accounted as one more unit, after those of `Unit`."""
+UNIT_NAMES = ("issue", "matrix", "vector", "memory", "ring", "fetch")
+MAX_ACCESSES = 8
+"""Operand ranges that one instruction can name."""
+MAX_DOT_LENGTH = 65536
+
+
+class Cause(IntEnum):
+    """What a unit does, or waits for, in a cycle; each cycle of each unit has exactly one."""
+
+    ISSUE = 0
+    """Issue: issues an instruction. Other units: the next instruction has not issued yet."""
+    COMPUTE = 1
+    """Matrix and vector: occupied by an instruction."""
+    ACCUMULATE = 2
+    """Matrix: a column group waits for its own sum of the previous chunk."""
+    WEIGHTS = 3
+    """Matrix: the rows of the next step have not arrived."""
+    TRANSFER = 4
+    """Memory, ring: moves data. Fetch: requests a row."""
+    WRITE_SLOT = 5
+    """Fetch: the cycle belongs to writes. Memory: waits for a cycle that does."""
+    FIFO_FULL = 6
+    """Fetch: no free row in the FIFO."""
+    STORE = 7
+    """Fetch: an older store to the same rows is not done."""
+    FETCH = 8
+    """Memory: an older fetch of the same rows is not over."""
+    MATRIX = 9
+    """Waits for a result of the matrix unit (or, fetch without run-ahead: for the instruction to start there)."""
+    VECTOR = 10
+    """Waits for a result of the vector unit."""
+    MEMORY = 11
+    """Waits for a result of the memory unit."""
+    RING = 12
+    """Waits for a result of the ring unit."""
+    SKEW = 13
+    """Ring: waits longer than the transfer takes, because other devices started later."""
+    BRANCH = 14
+    """Issue: a taken branch."""
+    READ = 15
+    """Issue: the latency of a scalar read of the register file."""
+    QUEUE = 16
+    """Issue: the unit's queue is full."""
+    FENCE = 17
+    """Issue: fence or halt waits for everything older."""
+    DRAIN = 18
+    """No instruction is left for this unit."""
+
+
+class TimingParameters(NamedTuple):
+    """The machine parameters that time depends on, with those derived from them."""
+
+    lanes: int
+    columns: int
+    rows: int
+    column_block: int
+    fifo_port_bytes: int
+    dot_latency: int
+    accumulate_latency: int
+    epilogue_latency: int
+    words: int
+    segment_words: int
+    vector_lanes: int
+    vector_levels: int
+    add_latency: int
+    multiply_latency: int
+    unary_latency: int
+    row_bytes: int
+    row_lines: int
+    fifo_rows: int
+    hbm_latency: int
+    write_period: int
+    ddr_bytes_per_cycle: int
+    ddr_latency: int
+    clock_mhz: int
+    megabits_per_second: int
+    hop_latency: int
+    setup_latency: int
+    buffer_words: int
+    queue_depth: int
+    branch_cycles: int
+    read_latency: int
+    run_ahead: int
+
+
+def timing_parameters(machine: Machine) -> TimingParameters:
+    """The parameters of a machine.
+
+    Raises:
+        TypebarError: if the FIFO cannot hold what one step of the matrix unit consumes: it would never start.
+    """
+    matrix, vector, control = machine.matrix, machine.vector, machine.control
+    for element_bytes in sorted(set(FORMAT_BYTES.values())):
+        step = machine.fold(1, element_bytes) * matrix.columns * matrix.lanes * element_bytes
+        if step > machine.hbm.fifo_bytes:
+            raise TypebarError(
+                f"hbm.fifo_bytes = {machine.hbm.fifo_bytes} cannot hold one matrix step of {step} bytes:"
+                " raise it, or lower matrix.fifo_port_bytes"
+            )
+    return TimingParameters(
+        lanes=matrix.lanes,
+        columns=matrix.columns,
+        rows=matrix.rows,
+        column_block=machine.column_block,
+        fifo_port_bytes=matrix.fifo_port_bytes,
+        dot_latency=matrix.dot_latency,
+        accumulate_latency=matrix.accumulate_latency,
+        epilogue_latency=matrix.epilogue_latency,
+        words=vector.words,
+        segment_words=machine.segment_words,
+        vector_lanes=vector.lanes,
+        vector_levels=vector.lanes.bit_length() - 1,
+        add_latency=vector.add_latency,
+        multiply_latency=vector.multiply_latency,
+        unary_latency=vector.unary_latency,
+        row_bytes=machine.row_bytes,
+        row_lines=machine.row_lines,
+        fifo_rows=machine.fifo_rows,
+        hbm_latency=machine.hbm.latency,
+        write_period=machine.hbm.rows_per_write_slot + 1,
+        ddr_bytes_per_cycle=machine.ddr.bytes_per_cycle,
+        ddr_latency=machine.ddr.latency,
+        clock_mhz=machine.clock_mhz,
+        megabits_per_second=machine.ring.megabits_per_second,
+        hop_latency=machine.ring.hop_latency,
+        setup_latency=machine.ring.setup_latency,
+        buffer_words=machine.ring.buffer_words,
+        queue_depth=control.queue_depth,
+        branch_cycles=control.branch_cycles,
+        read_latency=control.read_latency,
+        run_ahead=int(control.run_ahead),
+    )
+
+
+# Where fields lie in `typebar.isa.program.tables` ---------------------------------------------------------
+def _modifier(name: str, field: str) -> int:
+    return [item.name for item in BY_NAME[name].modifiers].index(field)
+
+
+def _operand(name: str, field: str) -> int:
+    return [item.name for item in BY_NAME[name].operands].index(field)
+
+
+OP = {name: item.opcode for name, item in BY_NAME.items()}
+VMOV, VWRITE, VMUL, VUNARY = OP["vmov"], OP["vwrite"], OP["vmul"], OP["vunary"]
+VSUM, VSUMSQ, VRMAX, VARGMAX = OP["vsum"], OP["vsumsq"], OP["vrmax"], OP["vargmax"]
+LOAD, STORE, SLOAD, SSTORE = OP["load"], OP["store"], OP["sload"], OP["sstore"]
+MATMUL, GATHER = OP["matmul"], OP["gather"]
+
+FROM_VECTOR, FROM_WORD = int(Source.VECTOR), int(Source.WORD)
+SCALE_WORD, SCALE_COLUMN = int(Scale.WORD), int(Scale.COLUMN)
+PATCH_COLUMN, PATCH_LANE = int(Patch.COLUMN), int(Patch.LANE)
+LAST_HBM_REGION = int(Region.KV)
+"""Regions up to this number lie in HBM, the others in DDR."""
+FP32, INT8 = int(Format.FP32), int(Format.INT8)
+
+X_FORMAT, X_REGION, X_FULL = (_modifier("matmul", f) for f in ("format", "region", "full"))
+X_ACCUMULATE, X_PATCH, X_SCALING = (_modifier("matmul", f) for f in ("accumulate", "patch", "scaling"))
+X_ADD_BIAS, X_ROW_MAX = (_modifier("matmul", f) for f in ("add_bias", "row_max"))
+X_DST, X_SRC, X_K, X_N, X_LINE = (_operand("matmul", f) for f in ("dst", "src", "k", "n", "line"))
+X_OUTER, X_INNER = (_operand("matmul", f) for f in ("outer", "inner"))
+X_SRC_OUTER, X_SRC_INNER = (_operand("matmul", f) for f in ("src_outer", "src_inner"))
+X_DST_OUTER, X_DST_INNER = (_operand("matmul", f) for f in ("dst_outer", "dst_inner"))
+X_SCALE, X_BIAS, X_MAXIMUM = (_operand("matmul", f) for f in ("scale", "bias", "maximum"))
+X_PATCH_SRC = _operand("matmul", "patch_src")
+S_LINE, S_BYTE, S_OUTER, S_INNER = (_operand("store", f) for f in ("line", "byte", "outer", "inner"))
+S_OUTER_BYTES, S_INNER_BYTES = (_operand("store", f) for f in ("outer_bytes", "inner_bytes"))
+
+
+def element_bytes(format_number: int) -> int:
+    """Bytes of an element of a `Format`."""
+    if format_number == FP32:
+        return 4
+    return 1 if format_number == INT8 else 2
+
+
+# Accesses to the register file ----------------------------------------------------------------------------
+# Each function lists an instruction's operand ranges as rows (first word, words, 1 if written else 0) of `out` and
+# returns their number. `modifiers` and `values` are indexed as in `typebar.isa.program.tables`; values are final.
+def add_access(out: Any, count: int, first: int, words: int, written: int) -> int:
+    """Append one range, unless it is empty."""
+    if words > 0:
+        out[count, 0] = first
+        out[count, 1] = words
+        out[count, 2] = written
+        return count + 1
+    return count
+
+
+def vector_accesses(opcode: int, modifiers: Any, values: Any, out: Any) -> int:
+    """Words that a vector instruction reads and writes; it reads one word of `b` if `b_from` is word."""
+    if opcode == VWRITE:
+        return add_access(out, 0, values[0], 1, 1)
+    if opcode >= VSUM:
+        count = add_access(out, 0, values[1], values[2], 0)
+        return add_access(out, count, values[0], 2 if opcode == VARGMAX else 1, 1)
+    if opcode == VUNARY:
+        count = add_access(out, 0, values[1], values[2], 0)
+        return add_access(out, count, values[0], values[2], 1)
+    if opcode == VMOV:
+        n, b, count = values[2], values[1], 0
+    else:
+        n, b = values[3], values[2]
+        count = add_access(out, 0, values[1], n, 0)
+    if modifiers[0] == FROM_VECTOR:
+        count = add_access(out, count, b, n, 0)
+    elif modifiers[0] == FROM_WORD:
+        count = add_access(out, count, b, min(n, 1), 0)
+    return add_access(out, count, values[0], n, 1)
+
+
+def memory_accesses(opcode: int, values: Any, out: Any) -> int:
+    """Words that a memory instruction reads or writes; scalar loads and stores touch none."""
+    if opcode == LOAD:
+        return add_access(out, 0, values[0], values[3], 1)
+    if opcode == STORE:
+        return add_access(out, 0, values[0], values[S_OUTER] * values[S_INNER], 0)
+    return 0
+
+
+def gather_accesses(values: Any, devices: int, out: Any) -> int:
+    """Words that a gather reads and writes."""
+    count = add_access(out, 0, values[1], values[2], 0)
+    return add_access(out, count, values[0], values[2] * devices, 1)
+
+
+def covered_words(outer: int, stride_outer: int, inner: int, stride_inner: int, words: int) -> int:
+    """Words from the first to the last touched by `outer` x `inner` vectors of `words` words; strides >= 0."""
+    if outer <= 0 or inner <= 0 or words <= 0:
+        return 0
+    return (outer - 1) * stride_outer + (inner - 1) * stride_inner + words
+
+
+def matmul_accesses(modifiers: Any, values: Any, out: Any) -> int:
+    """Words that a matmul reads and writes; strided operands count as the range that covers them."""
+    outer, inner, k, n = values[X_OUTER], values[X_INNER], values[X_K], values[X_N]
+    if outer <= 0 or inner <= 0:
+        return 0
+    words = covered_words(outer, values[X_SRC_OUTER], inner, values[X_SRC_INNER], k)
+    count = add_access(out, 0, values[X_SRC], words, 0)
+    if modifiers[X_SCALING] == SCALE_WORD:
+        count = add_access(out, count, values[X_SCALE], min(n, 1), 0)
+    elif modifiers[X_SCALING] == SCALE_COLUMN:
+        count = add_access(out, count, values[X_SCALE], n, 0)
+    if modifiers[X_ADD_BIAS]:
+        count = add_access(out, count, values[X_BIAS], n, 0)
+    if modifiers[X_PATCH] == PATCH_COLUMN:
+        count = add_access(out, count, values[X_PATCH_SRC], k, 0)
+    elif modifiers[X_PATCH] == PATCH_LANE:
+        count = add_access(out, count, values[X_PATCH_SRC], n, 0)
+    words = covered_words(outer, values[X_DST_OUTER], inner, values[X_DST_INNER], n)
+    if modifiers[X_ACCUMULATE]:
+        count = add_access(out, count, values[X_DST], words, 0)
+    count = add_access(out, count, values[X_DST], words, 1)
+    if modifiers[X_ROW_MAX]:
+        count = add_access(out, count, values[X_MAXIMUM], outer * inner, 1)
+    return count
+
+
+# Vector unit ----------------------------------------------------------------------------------------------
+def vector_count(opcode: int, values: Any) -> int:
+    """The element count operand of a vector instruction (1 for vwrite)."""
+    if opcode == VWRITE:
+        return 1
+    return int(values[2] if opcode >= VSUM or opcode in (VUNARY, VMOV) else values[3])
+
+
+def vector_occupancy(p: TimingParameters, n: int) -> int:
+    """Cycles that n elements occupy the vector unit: max(1, ceil(n / lanes))."""
+    return max(1, -(-n // p.vector_lanes))
+
+
+def vector_latency(p: TimingParameters, opcode: int, occupancy: int) -> int:
+    """Cycles from the last cycle of occupancy to done.
+
+    A reduction adds log2(lanes) levels inside a beat and ceil(log2(beats)) levels over the beats.
+    """
+    if opcode < VSUM:
+        if opcode == VMUL:
+            return p.multiply_latency
+        return p.unary_latency if opcode == VUNARY else p.add_latency
+    levels = p.vector_levels
+    while (occupancy - 1) >> (levels - p.vector_levels) > 0:
+        levels += 1
+    latency = p.add_latency * levels
+    return latency + p.multiply_latency if opcode == VSUMSQ else latency
+
+
+# Memory unit ----------------------------------------------------------------------------------------------
+def blocks_touched(first: int, count: int, stride: int, size: int, block: int) -> int:
+    """Distinct aligned blocks (lines or rows) of `block` bytes that `count` elements touch.
+
+    Element i has `size` bytes, aligned, at byte `first + i * stride`, stride not negative.
+    """
+    if count <= 0:
+        return 0
+    if stride > block:
+        return count
+    return (first + (count - 1) * stride + size - 1) // block - first // block + 1
+
+
+def ddr_occupancy(p: TimingParameters, lines: int) -> int:
+    """Cycles that a DDR access occupies the memory unit: whole lines move."""
+    return max(1, -(-lines * LINE_BYTES // p.ddr_bytes_per_cycle))
+
+
+def write_slot(p: TimingParameters, cycle: int) -> int:
+    """The first write slot at or after a cycle: one cycle in `write_period`, the last of each period."""
+    return cycle + (p.write_period - 1 - cycle) % p.write_period
+
+
+def fetch_slot(p: TimingParameters, cycle: int) -> int:
+    """The first fetch slot at or after a cycle: all cycles that are no write slots."""
+    return cycle + 1 if cycle % p.write_period == p.write_period - 1 else cycle
+
+
+# Matrix unit ----------------------------------------------------------------------------------------------
+def fold(p: TimingParameters, vectors: int, size: int) -> int:
+    """Column groups consumed in a step (`Machine.fold`): rows fold into columns for a single vector."""
+    if vectors > 1:
+        return 1
+    return max(1, min(p.rows, p.fifo_port_bytes // (p.columns * p.lanes * size)))
+
+
+def step_cycles(p: TimingParameters, vectors: int, size: int) -> int:
+    """Cycles a step holds its columns: ceil(vectors / rows), or the FIFO port's time for them if that is longer.
+
+    Only float32 matrices can exceed the port: a machine must feed one 16-bit tile a cycle.
+    """
+    passes = -(-vectors // p.rows)
+    return max(passes, -(-fold(p, vectors, size) * p.columns * p.lanes * size // p.fifo_port_bytes))
+
+
+def burst_rows(p: TimingParameters, columns: int, size: int) -> int:
+    """Rows fetched for `columns` used columns of one chunk of a column block."""
+    return -(-columns * p.lanes * size // p.row_bytes)
+
+
+def rows_needed(p: TimingParameters, columns: int, step_columns: int, step: int, size: int) -> int:
+    """Rows of a burst that must have arrived before step `step` of the chunk, counted from the burst's first."""
+    return -(-min((step + 1) * step_columns, columns) * p.lanes * size // p.row_bytes)
+
+
+def rows_consumed(p: TimingParameters, columns: int, step_columns: int, step: int, size: int) -> int:
+    """Rows of a burst whose last used byte is consumed by step `step` or an earlier one."""
+    if (step + 1) * step_columns >= columns:
+        return burst_rows(p, columns, size)
+    return (step + 1) * step_columns * p.lanes * size // p.row_bytes
+
+
+def matrix_last_row(p: TimingParameters, line: int, k: int, n: int, size: int, full: int) -> int:
+    """Last row, in the region, that a matmul fetches; the first is line / row_lines. k and n are at least 1."""
+    blocks, chunks = -(-n // p.column_block), -(-k // p.lanes)
+    columns = n - (blocks - 1) * p.column_block
+    granule = max(1, p.row_bytes // (p.lanes * size))
+    width = p.column_block if full else -(-columns // granule) * granule
+    chunk = ((blocks - 1) * chunks * p.column_block + (chunks - 1) * width) * p.lanes * size // p.row_bytes
+    return line // p.row_lines + chunk + burst_rows(p, columns, size) - 1
+
+
+def matmul_latency(p: TimingParameters) -> int:
+    """Cycles from the end of the last step to done."""
+    return p.dot_latency + p.accumulate_latency + p.epilogue_latency
+
+
+# Ring -----------------------------------------------------------------------------------------------------
+def slice_cycles(p: TimingParameters, n: int) -> int:
+    """Cycles that n words take on one link: max(1, ceil(32 n clock / rate))."""
+    return max(1, -(-n * 32 * p.clock_mhz // p.megabits_per_second))
+
+
+def gather_cycles(p: TimingParameters, n: int, devices: int) -> int:
+    """Cycles from start to done of a gather whose devices all start in the same cycle."""
+    return p.setup_latency + devices // 2 * (slice_cycles(p, n) + p.hop_latency) + 1
+
+
+def gather_done(p: TimingParameters, n: int, starts: Any, send: Any, done: Any) -> None:
+    """Completion of one gather on all devices: `starts` [N] in, `done` [N] out, `send` [N] is scratch.
+
+    Clockwise (d to d + 1) a block travels N // 2 hops, anticlockwise (N - 1) // 2. A device sends its own block
+    `setup_latency` after its start, then forwards block by block: each when it has arrived in whole and the link
+    is free. Done is one cycle after the last arrival and the last sending.
+    """
+    devices, cycles = len(starts), slice_cycles(p, n)
+    for d in range(devices):
+        done[d] = starts[d] + p.setup_latency
+    for direction in range(2):
+        hops = devices // 2 if direction == 0 else (devices - 1) // 2
+        for d in range(devices):
+            send[d] = starts[d] + p.setup_latency
+        for hop in range(1, hops + 1):
+            held = send[devices - 1] if direction == 0 else send[0]
+            for i in range(devices):
+                d = devices - 1 - i if direction == 0 else i
+                source = d - 1 if direction == 0 else d + 1
+                sent = held if (source < 0 or source == devices) else send[source]
+                arrived = sent + cycles + p.hop_latency
+                done[d] = max(done[d], arrived, send[d] + cycles)
+                if hop < hops:
+                    send[d] = max(send[d] + cycles, arrived)
+    for d in range(devices):
+        done[d] += 1
