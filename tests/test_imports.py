@@ -1,0 +1,90 @@
+"""The sub-packages import one another in one direction only, and nothing that pyproject.toml does not declare."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ALLOWED: dict[str, set[str]] = {
+    "isa": set(),
+    "compiler": {"isa"},
+    "sim": {"isa"},
+    "hw": {"isa"},
+    "models": {"isa"},
+    "host": {"isa", "compiler", "sim", "hw", "models"},
+    "": {"isa", "compiler", "sim", "hw", "models", "host"},
+}
+OUTSIDE = ("tests", "benchmarks", "examples")
+"""Folders of scripts and tests: any part of the package, and the development tools too."""
+IMPORT_NAMES = {"typing_extensions": "typing-extensions"}
+"""Import names that are not the distribution's name."""
+
+
+def sources(folder: str) -> list[Path]:
+    found = ROOT.glob("*.py") if not folder else (ROOT / folder).rglob("*.py")
+    return sorted(path for path in found if "__pycache__" not in path.parts)
+
+
+def imports(tree: ast.AST, package: tuple[str, ...]) -> Iterator[str]:
+    """Dotted names that a module imports, relative ones resolved against its package."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def used(path: Path) -> set[str]:
+    package = ("typebar", *path.relative_to(ROOT).parent.parts)
+    return set(imports(ast.parse(path.read_text(encoding="utf-8"), str(path)), package))
+
+
+def siblings(names: set[str]) -> set[str]:
+    parts = (name.split(".") for name in names)
+    return {part[1] for part in parts if part[0] == "typebar" and len(part) > 1 and part[1] in ALLOWED}
+
+
+def declared(*, development: bool) -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    texts = list(project["dependencies"])
+    if development:
+        texts += [item for items in project["optional-dependencies"].values() for item in items]
+    matches = (re.match(r"[A-Za-z0-9_.-]+", text) for text in texts)
+    return {match[0].lower().replace("-", "_") for match in matches if match}
+
+
+@pytest.mark.parametrize("folder", [name for name in ALLOWED if not name or (ROOT / name).is_dir()])
+def test_only_allowed_siblings(folder: str) -> None:
+    for path in sources(folder):
+        forbidden = siblings(used(path)) - ALLOWED[folder] - {folder}
+        assert not forbidden, f"{path.relative_to(ROOT)} imports typebar.{', typebar.'.join(sorted(forbidden))}"
+
+
+@pytest.mark.parametrize("folder", [*(name for name in ALLOWED if not name or (ROOT / name).is_dir()), *OUTSIDE])
+def test_only_declared_packages(folder: str) -> None:
+    known = declared(development=folder in OUTSIDE) | set(sys.stdlib_module_names) | {"typebar"}
+    for path in sources(folder):
+        for name in used(path):
+            top = name.split(".")[0]
+            assert IMPORT_NAMES.get(top, top).lower() in known, f"{path.relative_to(ROOT)} imports undeclared {top}"
+
+
+def test_a_forbidden_import_is_seen() -> None:
+    """The checks above can fail: they see plain, from-, nested and relative imports."""
+    text = "import typebar.sim.kernels\ndef f():\n    from ..host import api\n    from typebar import compiler\n"
+    names = set(imports(ast.parse(text), ("typebar", "isa")))
+    assert siblings(names) == {"sim", "host", "compiler"}
+
+
+def test_every_folder_has_sources() -> None:
+    for folder in ("isa", "compiler", "sim", "host", "models"):
+        assert sources(folder), f"{folder} has no sources"
