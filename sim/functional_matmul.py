@@ -137,13 +137,17 @@ class MatmulBuilder:
                 return following
             x = _rows(vector, src, k, outer, inner, src_outer, src_inner)
             start = _rows(vector, dst, n, outer, inner, dst_outer, dst_inner) if how.accumulate else None
+            patch_kind, patch = how.patch, None
             patch_src, patch_at = operands[16:18]
-            patch = None
-            if how.patch is not Patch.NONE:
-                patch = vector[patch_src : patch_src + (k if how.patch is Patch.COLUMN else n)]
+            if patch_kind is Patch.COLUMN and patch_at < n:
+                patch = vector[patch_src : patch_src + k]
+            elif patch_kind is Patch.LANE and patch_at < k:
+                patch = vector[patch_src : patch_src + n]
+            else:
+                patch_kind = Patch.NONE  # also raises no flags
             result, flags = kernels.matmul(
                 state.memory[region], LINE_BYTES * line, element, x, k, n, lanes, block,
-                granule=granule, full=how.full, acc=start, patch_kind=how.patch, patch_at=patch_at, patch=patch,
+                granule=granule, full=how.full, acc=start, patch_kind=patch_kind, patch_at=patch_at, patch=patch,
             )  # fmt: skip
             if flags:
                 state.raise_flags(flags)
