@@ -166,18 +166,18 @@ def matmul(
     start = (n - 1) // width * width
     end = start * rows + (rows - lanes) * last_width + (n - start) * lanes
     stored = _elements(memory, byte_offset, fmt, end)
-    raw_patch, flags = _raw_patch(fmt, patch_kind, patch_at, patch, k, n)
+    kind = Patch(patch_kind)
+    raw_patch, flags = _raw_patch(fmt, kind, patch, k, n)
     has_nan = np.zeros((m, rows // lanes), np.bool_)
     padded = -(-lanes // GROUP) * GROUP
     operands, powers = np.zeros((2, has_nan.size * padded), np.float32)
     vectors = np.ascontiguousarray(x, np.float32)
     flags |= kernels_matmul.convert_vectors(vectors, k, lanes, padded, operands, powers, has_nan)
-    kind = int(patch_kind)
 
     def columns(first: int, last: int) -> int:
         raised = kernels_matmul.matmul_columns(
             stored, operands, powers, has_nan, k, lanes, padded, width, n, last_width,
-            kind, patch_at, raw_patch, first, last, out,
+            int(kind), patch_at, raw_patch, first, last, out,
         )  # fmt: skip
         return int(raised)
 
@@ -192,7 +192,7 @@ def matmul(
     return out, flags
 
 
-def _raw_patch(fmt: Format, kind: Patch, at: int, patch: F32Array | None, k: int, n: int) -> tuple[NDArray[Any], int]:
+def _raw_patch(fmt: Format, kind: Patch, patch: F32Array | None, k: int, n: int) -> tuple[NDArray[Any], int]:
     """The patch as read-only raw elements of the format, and the flags of rounding it."""
     raw, flags = np.zeros(0, _ELEMENT[fmt]), 0
     if kind is not Patch.NONE:

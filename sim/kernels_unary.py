@@ -128,6 +128,8 @@ def _finite(function, negative, m, e, a):  # type: ignore[no-untyped-def]
     elif function == RECIP:
         p, power = _curve(_RECIP, m & 0x7FFFFF)
         power -= e
+        if m == 1 << 23:
+            p = np.int64(1 << FRACTION_BITS)
         if e > 126 or (e == 126 and m != 1 << 23):
             p = np.int64(0)
     elif function == RSQRT:

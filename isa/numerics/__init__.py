@@ -30,7 +30,11 @@ from typebar.isa.numerics.vector import (
     tree_sum,
 )
 
+NUMERICS_VERSION = 1
+"""Version of the arithmetic (`docs/numerics.md`); an image computes the same bits only under the same one."""
+
 __all__ = [
+    "NUMERICS_VERSION",
     "Format",
     "Function",
     "NumericFlag",

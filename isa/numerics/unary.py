@@ -6,6 +6,7 @@ A function is worked out in four steps, all in integers:
    exp: |x| log2(e) as m times a 34-bit constant, shifted to 24 fraction bits, rounded half up, and given x's
    sign; its integer part is the result's exponent, the next 6 bits the segment, the rest the offset.
    recip, rsqrt: segment and offset are the mantissa's fraction bits (and, for rsqrt, the exponent's lowest bit).
+   The reciprocal of a power of two is not looked up but exact.
    All others: a = |x| in fixed point, rounded half up, segment and offset by position.
 2. **Evaluate** a cubic by Horner's rule, three steps of 27 x 18 bits: s <- c + ((s t + 2^16) >> 17).
 3. **Combine.** With H the curve, as a 33-bit fraction where it is subtracted: sigmoid(-a) = H, sigmoid(a) = 1 - H,
@@ -107,8 +108,9 @@ def _exp(negative: NDArray[np.bool_], m: I64Array, e: I64Array) -> Parts:
 
 def _recip(_negative: NDArray[np.bool_], m: I64Array, e: I64Array) -> Parts:
     p, power = _look_up(Curve.RECIP, m & 0x7FFFFF)
-    below_normal = (e > 126) | ((e == 126) & (m != 1 << 23))
-    return np.where(below_normal, 0, p), power - e
+    one = m == 1 << 23
+    p = np.where(one, 1 << FRACTION_BITS, p)  # powers of two are exact
+    return np.where((e > 126) | ((e == 126) & ~one), 0, p), power - e
 
 
 def _rsqrt(_negative: NDArray[np.bool_], m: I64Array, e: I64Array) -> Parts:
