@@ -1,7 +1,7 @@
 """Imported torch operations: their arguments as attributes, and a small interpreter that runs them on concrete values.
 
-The interpreter serves to classify: a mask, a position sub-graph or a chain of element-wise operations is run, and what it
-computes is compared with what is known, so the many ways to write one thing need no patterns.
+The interpreter serves to classify: a mask, a position sub-graph or a chain of element-wise operations is run, and
+what it computes is compared with what is known, so the many ways to write one thing need no patterns.
 """
 
 from __future__ import annotations
@@ -31,6 +31,12 @@ from xdsl.ir import Attribute, OpResult, SSAValue
 Lookup = Callable[[str], np.ndarray]
 """Gives a source parameter's or buffer's values by its name; raises TypebarError if there are none."""
 
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text, as a set."""
+    return frozenset(text.split())
+
+
 DTYPES: Mapping[torch.dtype, Attribute] = {
     torch.bool: IntegerType(1),
     torch.uint8: IntegerType(8),
@@ -49,16 +55,17 @@ SIZE_OPERATORS: Mapping[str, Callable[..., object]] = {
 }
 """Operators on symbolic sizes, by the target that `tb.aten` gives them."""
 
-SHAPE_ONLY = frozenset("full_like ones_like zeros_like empty_like new_ones new_zeros new_full new_empty".split())
+SHAPE_ONLY = words("full_like ones_like zeros_like empty_like new_ones new_zeros new_full new_empty")
 """Operations that look at their first operand's shape and type, never at its values."""
 
-_EVALUATED = SHAPE_ONLY | frozenset(
-    """abs add alias all amax amin and any arange bitwise_and bitwise_not bitwise_or cat chunk clamp clamp_max clamp_min
-    clone contiguous cos cumsum detach diff div embedding eq erf exp expand expand_as fill flip floor floor_divide full
-    gather ge gelu gt hardtanh index index_select le lift_fresh_copy log logical_and logical_not logical_or lt masked_fill
-    maximum minimum mul narrow ne neg ones or permute pow reciprocal relu remainder repeat reshape round rsqrt rsub
-    scalar_tensor select sigmoid sign silu sin slice split split_with_sizes sqrt squeeze stack sub sum t tanh to _to_copy
-    transpose tril triu type_as unbind unflatten unsqueeze view where zeros __and__ __or__ __xor__""".split()
+_EVALUATED = SHAPE_ONLY | words(
+    """abs add alias all amax amin and any arange bitwise_and bitwise_not bitwise_or cat chunk clamp clamp_max
+    clamp_min clone contiguous cos cumsum detach diff div embedding eq erf exp expand expand_as fill flip floor
+    floor_divide full gather ge gelu gt hardtanh index index_select le lift_fresh_copy log logical_and
+    logical_not logical_or lt masked_fill maximum minimum mul narrow ne neg ones or permute pow reciprocal relu
+    remainder repeat reshape round rsqrt rsub scalar_tensor select sigmoid sign silu sin slice split
+    split_with_sizes sqrt squeeze stack sub sum t tanh to _to_copy transpose tril triu type_as unbind unflatten
+    unsqueeze view where zeros __and__ __or__ __xor__"""
 )
 
 
@@ -80,6 +87,23 @@ def arguments(op: ir.AtenOp) -> list[object]:
 def keywords(op: ir.AtenOp) -> dict[str, object]:
     """The call's keyword arguments, decoded like `arguments`."""
     return {k: _decode(a, op) for k, a in op.kwargs.data.items()} if op.kwargs is not None else {}
+
+
+def named(op: ir.AtenOp, *names: str) -> dict[str, object]:
+    """All arguments by name: positional ones by `names`, in order."""
+    return dict(zip(names, arguments(op), strict=False)) | keywords(op)
+
+
+def parameter(value: object) -> str | None:
+    """The name of the parameter that a value is, if it is one."""
+    if isinstance(value, SSAValue) and isinstance(value.owner, ir.ParameterOp):
+        return ir.text(value.owner.source)
+    return None
+
+
+def shape_of(value: SSAValue) -> tuple[int, ...]:
+    """The value's sizes, DYNAMIC_INDEX for the number of tokens; empty for what is no tensor."""
+    return value.type.get_shape() if isinstance(value.type, TensorType) else ()
 
 
 def _decode(attribute: Attribute, op: ir.AtenOp) -> object:
@@ -133,7 +157,8 @@ def depends_on_tokens(value: SSAValue, known: dict[SSAValue, bool]) -> bool:
 class Evaluator:
     """Runs imported operations for a given number of tokens.
 
-    `lookup` supplies parameters and buffers; `given` presets values. Raises NotEvaluable for what it may not or cannot run.
+    `lookup` supplies parameters and buffers; `given` presets values. Raises NotEvaluable for what it may not or
+    cannot run.
     """
 
     def __init__(
@@ -171,7 +196,7 @@ class Evaluator:
     def _run(self, value: OpResult) -> None:
         op = value.op
         if isinstance(op, ir.ParameterOp):
-            name = op.source.string_value()
+            name = ir.text(op.source)
             if self.lookup is None:
                 raise NotEvaluable(f"it needs the values of {name}, which are not at hand")
             self._values[value] = torch.from_numpy(np.array(self.lookup(name)))

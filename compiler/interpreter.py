@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 from typebar.compiler import ir
+from typebar.compiler.passes.activations import FUNCTIONS
 from typebar.compiler.pipeline import parse
 from typebar.isa.errors import TypebarError
 from xdsl.dialects.builtin import ModuleOp, SymbolRefAttr
@@ -17,15 +18,6 @@ WeightLookup = Callable[[str], torch.Tensor]
 """Gives a parameter's values by its name; called once for every name."""
 
 _FIRST_CAPACITY = 128
-
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "gelu_erf": functional.gelu,
-    "relu": functional.relu,
-    "silu": functional.silu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-}
 
 
 @dataclass(frozen=True)
@@ -71,8 +63,8 @@ class _Attention:
 class StepInterpreter:
     """Runs a step, re-rolled or not, token by token.
 
-    `module` is a module or its text; all arithmetic and all weights are in `dtype` on `device`. Raises TypebarError for a
-    module that holds no valid step and for weights whose shapes do not fit it.
+    `module` is a module or its text; all arithmetic and all weights are in `dtype` on `device`. Raises TypebarError for
+    a module that holds no valid step and for weights whose shapes do not fit it.
     """
 
     def __init__(
@@ -106,8 +98,8 @@ class StepInterpreter:
     def step(self, token: int, position: int) -> torch.Tensor:
         """Logits [vocab] after `token` at `position`.
 
-        Positions go up one by one from 0; an earlier position again takes everything after it back. Raises TypebarError for
-        tokens and positions out of range.
+        Positions go up one by one from 0; an earlier position again takes everything after it back. Raises TypebarError
+        for tokens and positions out of range.
         """
         if not 0 <= token < self.vocab:
             raise TypebarError(f"token {token} is outside the vocabulary of {self.vocab}")
@@ -149,7 +141,7 @@ class StepInterpreter:
         """A weight by its symbol, loaded once; None stands for any size in `shape`."""
         if reference is None:
             return None
-        name = reference.string_value().replace(ir.LAYER, str(layer))
+        name = ir.text(reference).replace(ir.LAYER, str(layer))
         if name not in self._weights:
             self._weights[name] = self._lookup(name).to(device=self.device, dtype=self.dtype)
         found = self._weights[name]
@@ -160,9 +152,9 @@ class StepInterpreter:
     def _function(self, op: Operation, layer: int) -> Callable[..., torch.Tensor]:
         match op:
             case ir.AddOp():
-                return torch.add
+                return lambda a, b: a + b
             case ir.MulOp():
-                return torch.mul
+                return lambda a, b: a * b
             case ir.ScaleOp():
                 value = op.value.value.data
                 return lambda x: x * value
@@ -170,7 +162,7 @@ class StepInterpreter:
                 begin, end = op.start.value.data, op.start.value.data + op.size.value.data
                 return lambda x: x[begin:end]
             case ir.ActivationOp():
-                return _ACTIVATIONS[op.kind.data]
+                return FUNCTIONS[op.kind.data]
             case ir.EmbeddingOp():
                 table = self._weight(op.weight, layer, (None, ir.width(op.out)))
                 offset = op.offset.value.data

@@ -82,6 +82,17 @@ def symbol(name: str) -> SymbolRefAttr:
     return SymbolRefAttr(name)
 
 
+def text(reference: SymbolRefAttr) -> str:
+    """The name that a reference names."""
+    name: str = reference.string_value()  # type: ignore[no-untyped-call]
+    return name
+
+
+def operand_reference(index: int) -> StringAttr:
+    """How the arguments of `tb.aten` name operand `index`."""
+    return StringAttr(f"%{index}")
+
+
 def number(value: int) -> IntegerAttr:
     """An integer attribute."""
     return IntegerAttr(value, i64)

@@ -55,7 +55,7 @@ def run_passes(text: str, passes: Sequence[str]) -> str:
 def lower(module: ModuleOp, lookup: Lookup | None = None, check: bool = False) -> None:
     """Lead an imported graph to a re-rolled step, in place.
 
-    `lookup` gives the values of buffers that masks are made from; `check` verifies after every pass, not only at the end.
+    `lookup` gives the values of buffers that masks are made from; `check` verifies after every pass, not just the last.
     Raises LoweringError with everything that cannot be lowered: masks, positions and operations in one list.
     """
     context = ir.context()

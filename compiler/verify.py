@@ -49,12 +49,12 @@ def _verify_step_op(op: Operation, inside: bool) -> None:
     if inside and isinstance(op, ir.RepeatOp):
         raise TypebarError(f"invalid module: {name}: tb.repeat may not stand in tb.repeat")
     for value in (*op.operands, *op.results):
-        flat = isinstance(value.type, TensorType) and value.type.element_type == f32
-        flat = flat and len(value.type.get_shape()) == 1  # type: ignore[union-attr]
-        if not flat and not (isinstance(op, ir.EmbeddingOp) and isinstance(value.type, IndexType)):
-            raise TypebarError(f"invalid module: {name}: a step's values are flat float32 vectors, not {value.type}")
+        type = value.type
+        flat = isinstance(type, TensorType) and type.element_type == f32 and type.get_num_dims() == 1
+        if not flat and not (isinstance(op, ir.EmbeddingOp) and isinstance(type, IndexType)):
+            raise TypebarError(f"invalid module: {name}: a step's values are flat float32 vectors, not {type}")
     if isinstance(op, ir.AttentionOp) and (op.mask is None or op.mask.data == "none"):
         raise TypebarError(f"invalid module: {name}: attention in a step needs a causal or window mask")
     for attribute in op.properties.values():
-        if isinstance(attribute, SymbolRefAttr) and ir.LAYER in attribute.string_value() and not inside:
+        if isinstance(attribute, SymbolRefAttr) and ir.LAYER in ir.text(attribute) and not inside:
             raise TypebarError(f"invalid module: {name}: {attribute} numbers layers outside tb.repeat")

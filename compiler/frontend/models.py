@@ -55,8 +55,8 @@ class FrontendModel:
 def load_model(source: str | Path | torch.nn.Module, config: Mapping[str, Any] | None = None) -> FrontendModel:
     """A model as one re-rolled `tb.step`, with its weights bound lazily.
 
-    `source` is a checkpoint directory, a module from token ids [1, T] to logits, or the name of one of SHAPES. `config` is
-    for modules: context, eos_token_id, name; what it lacks is taken from the module's own config or its position table.
+    `source` is a checkpoint directory, a module from token ids [1, T] to logits, or the name of one of SHAPES. `config`
+    is for modules: context, eos_token_id, name; what it lacks comes from the module's own config or position table.
     Raises TypebarError; LoweringError lists everything in the graph that cannot be lowered.
     """
     model = import_model(source, config)
@@ -129,9 +129,7 @@ def _empty_model(config: Any) -> torch.nn.Module:
 
     try:
         with torch.device("meta"):
-            model: torch.nn.Module = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="sdpa"
-            )
+            model: torch.nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:  # the builders raise many kinds for the configurations they do not support
         raise TypebarError(f"cannot build a decoder from this configuration: {_first_line(error)}") from error
     return model

@@ -35,8 +35,8 @@ _DROPPED_KEYWORDS = frozenset(("device", "layout", "memory_format", "pin_memory"
 class Exported:
     """What torch.export gave, in terms of the user's names.
 
-    `aliases` maps every parameter name to the one name that stands for its tensor; `constants` holds the tensors that
-    the module made while running, by the names the graph gives them; `limit` is the greatest length the module accepts.
+    `aliases` maps every parameter name to the one name that stands for its tensor; `constants` holds tensors that the
+    module made while running, by the names the graph gives them; `limit` is the greatest length the module accepts.
     """
 
     program: torch.export.ExportedProgram
@@ -45,7 +45,7 @@ class Exported:
     limit: int | None
 
 
-class _Logits(torch.nn.Module):
+class _Logits(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
     """Makes a model's output its logits, and nothing else."""
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -96,8 +96,8 @@ def export(model: torch.nn.Module) -> Exported:
     except Exception as error:  # torch.export raises whatever the model or its own tracing raises
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise TypebarError(
-            f"torch.export cannot trace the model with a dynamic length: {lines[0].strip()}; make its forward(input_ids) "
-            "free of data-dependent Python and of fixed lengths"
+            f"torch.export cannot trace the model with a dynamic length: {lines[0].strip()}; "
+            "make its forward(input_ids) free of data-dependent Python and of fixed lengths"
         ) from error
     constants = {n.removeprefix("model."): t for n, t in program.constants.items() if isinstance(t, torch.Tensor)}
     return Exported(program, aliases, constants, _limit(program))
@@ -144,12 +144,12 @@ class _Importer:
                 raise TypebarError(
                     f"the model accepts sequences of {value.shape[1]} tokens only; make its forward work for any length"
                 )
-            argument = self.block.insert_arg(self._type(value)[0], 0)
+            argument = self.block.insert_arg(self._tensor_type(value)[0], 0)
             argument.name_hint = "input_ids"
             self.values[node] = [argument]
             return
         name = sources[node.name].removeprefix("model.")
-        op = ir.ParameterOp(self.exported.aliases.get(name, name), self._type(node.meta["val"])[0])
+        op = ir.ParameterOp(self.exported.aliases.get(name, name), self._tensor_type(node.meta["val"])[0])
         self.block.add_op(op)
         self.values[node] = op.results
 
@@ -188,9 +188,10 @@ class _Importer:
         return name if name in SIZE_OPERATORS else None
 
     def _type(self, value: object) -> tuple[Attribute, str]:
-        """The value's type, and a note if a size is an expression other than the number of tokens."""
-        if not isinstance(value, torch.Tensor):
-            return IndexType(), ""
+        """A result's type, and a note if a size is an expression other than the number of tokens."""
+        return self._tensor_type(value) if isinstance(value, torch.Tensor) else (IndexType(), "")
+
+    def _tensor_type(self, value: torch.Tensor) -> tuple[TensorType[Attribute], str]:
         if value.dtype not in DTYPES:
             raise TypebarError(f"the model computes in {value.dtype}; cast it to torch.float32")
         shape, notes = [], []
@@ -205,7 +206,7 @@ class _Importer:
             value = self.values[argument][0]
             if value not in operands:
                 operands.append(value)
-            return StringAttr(f"%{operands.index(value)}")
+            return ir.operand_reference(operands.index(value))
         if isinstance(argument, list | tuple):
             return ArrayAttr([self._encode(a, operands) for a in argument])
         if isinstance(argument, bool):
@@ -220,6 +221,6 @@ class _Importer:
 
 
 def to_graph(exported: Exported, context: int) -> ModuleOp:
-    """The exported program as a module with one `tb.graph`; raises LoweringError for calls that are no torch operations."""
+    """The exported program as a module with one `tb.graph`; raises LoweringError for calls that are not torch's own."""
     block = _Importer(exported).run()
     return ModuleOp([ir.GraphOp(context, Region([block]))])

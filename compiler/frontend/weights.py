@@ -95,7 +95,7 @@ class ModuleSource(WeightSource):
 class CheckpointSource(WeightSource):
     """The safetensors files of a checkpoint directory, memory-mapped.
 
-    `stored` maps each of the graph's names to the file and the name in it. Raises TypebarError when a file cannot be read.
+    `stored` maps each of the graph's names to the file and the name in it. Raises TypebarError for unreadable files.
     """
 
     def __init__(self, stored: Mapping[str, tuple[Path, str]]) -> None:
@@ -158,8 +158,8 @@ def bind(
 ) -> WeightSource:
     """Find each of the graph's parameters in a checkpoint; `prefix` is the base model's, which files may leave out.
 
-    `aliases` maps all names of a tensor to the graph's; a tied tensor is found under any of them. Raises TypebarError for
-    parameters that are missing, of another shape, or tied by the configuration while the files hold different values.
+    `aliases` maps all names of a tensor to the graph's; a tied tensor is found under any of them. Raises TypebarError
+    for parameters that are missing, of another shape, or tied by the configuration while their values differ.
     """
     files = stored_tensors(directory)
     groups: dict[str, list[str]] = {name: [] for name in shapes}
@@ -176,13 +176,15 @@ def bind(
         _require_equal(keys, files, name)
     if missing:
         raise TypebarError(
-            f"{directory} lacks {len(missing)} parameters, the first is {missing[0]!r}; its config.json must describe its weights"
+            f"{directory} lacks {len(missing)} parameters, the first is {missing[0]!r}; "
+            "its config.json must describe its weights"
         )
     source = CheckpointSource(stored)
     for name, shape in shapes.items():
         if source.shape(name) != shape:
             raise TypebarError(
-                f"{name!r} is {list(source.shape(name))} in {directory}, its config.json says {list(shape)}; they must agree"
+                f"{name!r} is {list(source.shape(name))} in {directory}, its config.json says {list(shape)}; "
+                "they must agree"
             )
     return source
 
@@ -201,6 +203,4 @@ def _require_equal(keys: Sequence[str], files: Mapping[str, Path], name: str) ->
     for place in places[1:]:
         key = place.names()[0]
         if not np.array_equal(first, place.load(key)):
-            raise TypebarError(
-                f"{name!r} and {key!r} are tied by config.json but differ in the weights; untie them there"
-            )
+            raise TypebarError(f"{name!r} and {key!r} differ but config.json ties them; untie them there")

@@ -7,17 +7,17 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 from typebar.compiler import ir
-from typebar.compiler.aten import Evaluator, NotEvaluable, base_name
+from typebar.compiler.aten import Evaluator, NotEvaluable, base_name, words
 from typebar.compiler.problems import keep_name
 from xdsl.dialects.builtin import TensorType
 from xdsl.ir import Block, SSAValue
 from xdsl.rewriter import Rewriter
 
-_ELEMENTWISE = frozenset(
-    """abs add clamp clamp_max clamp_min div erf exp gelu hardtanh maximum minimum mul neg pow reciprocal relu rsub sigmoid
-    silu sqrt sub tanh""".split()
+_ELEMENTWISE = words(
+    """abs add clamp clamp_max clamp_min div erf exp gelu hardtanh maximum minimum mul neg pow reciprocal relu rsub
+    sigmoid silu sqrt sub tanh"""
 )
-_KNOWN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "gelu_erf": functional.gelu,
     "relu": functional.relu,
@@ -25,11 +25,13 @@ _KNOWN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
 }
-# The grid covers both tails and the bend, in float64. Writings of one function differ by the rounding of their constants
-# (1e-10 or so for sqrt(2/pi)); the two kinds of GELU differ by up to 5e-4, so the tolerance tells all kinds apart.
+"""What each kind of `tb.activation` computes."""
+
+# The grid covers both tails and the bend, in float64. Writings of one function differ by the rounding of their
+# constants (1e-10 or so for sqrt(2/pi)); the two kinds of GELU differ by up to 5e-4: the tolerance tells them apart.
 _GRID = torch.linspace(-12, 12, 385, dtype=torch.float64)
 _TOLERANCE = 1e-7
-_EXPECTED = {kind: function(_GRID) for kind, function in _KNOWN.items()}
+_EXPECTED = {kind: function(_GRID) for kind, function in FUNCTIONS.items()}
 
 
 def recognise_activations(block: Block, computed: set[SSAValue]) -> None:

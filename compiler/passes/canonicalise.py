@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from typebar.compiler import ir
-from typebar.compiler.aten import arguments, base_name, keywords
+from typebar.compiler.aten import arguments, base_name, keywords, words
 from xdsl.context import Context
 from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import Attribute, Block, Operation, SSAValue
@@ -13,9 +13,9 @@ from xdsl.passes import ModulePass
 from xdsl.rewriter import Rewriter
 from xdsl.traits import is_side_effect_free
 
-_COPIES = frozenset(("alias", "clone", "contiguous", "detach", "lift_fresh_copy"))
-_SAME_IF_TYPE_IS = frozenset(
-    "expand expand_as flatten narrow reshape slice squeeze to type_as unflatten unsqueeze view _to_copy _unsafe_view".split()
+_COPIES = words("alias clone contiguous detach lift_fresh_copy")
+_SAME_IF_TYPE_IS = words(
+    "expand expand_as flatten narrow reshape slice squeeze to type_as unflatten unsqueeze view _to_copy _unsafe_view"
 )
 
 
@@ -47,8 +47,8 @@ def _identity_of(op: ir.AtenOp) -> SSAValue | None:
         return source
     if name == "dropout":
         return source if not _dropping(op) else None
-    # A view, or a slice of the full length, whose type is its operand's keeps every element where it is: the sizes are equal
-    # one by one, provided that no size is an expression other than the number of tokens.
+    # A view, or a slice of the full length, whose type is its operand's keeps every element where it is: the sizes are
+    # equal one by one, provided that no size is an expression other than the number of tokens.
     if name in _SAME_IF_TYPE_IS and source.type == op.outs[0].type and op.symbolic is None:
         owner = source.owner
         return source if not (isinstance(owner, ir.AtenOp) and owner.symbolic is not None) else None

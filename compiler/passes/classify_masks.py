@@ -6,9 +6,18 @@ from dataclasses import dataclass
 
 import torch
 from typebar.compiler import ir
-from typebar.compiler.aten import Evaluator, Lookup, NotEvaluable, arguments, base_name, depends_on_tokens
+from typebar.compiler.aten import (
+    Evaluator,
+    Lookup,
+    NotEvaluable,
+    arguments,
+    base_name,
+    depends_on_tokens,
+    parameter,
+    shape_of,
+)
+from typebar.compiler.passes.attention import MASKED
 from typebar.compiler.passes.canonicalise import erase_unused, merge_equal
-from typebar.compiler.passes.recognise import parameter
 from typebar.compiler.problems import LoweringError, Problem, keep_name, node_name
 from xdsl.context import Context
 from xdsl.dialects.builtin import DYNAMIC_INDEX, ModuleOp, StringAttr, TensorType
@@ -18,9 +27,6 @@ from xdsl.rewriter import Rewriter
 
 LONGEST = 16_384
 """The greatest context whose masks are checked pair by pair: a square of this many booleans is 256 MiB."""
-
-# What is added to a score that must not count: exp(score - 1e9) is zero in float32 for every score below 1e8.
-_MASKED = -1e9
 
 
 class ClassifyMasks(ModulePass):
@@ -122,18 +128,8 @@ class _Classifier:
                 return
             offset = self._offset(op, index)
         else:
-            axis, start, *rest = arguments(op)[1:]
-            if (
-                axis not in (0, -2)
-                or op.symbolic is not None
-                or not isinstance(start, int)
-                or rest[1:] not in ([], [1])
-            ):
-                return
-            offset = start
-        table = op.inputs[0].type
-        assert isinstance(table, TensorType)
-        rows = table.get_shape()
+            offset = self._start(op)
+        rows = shape_of(op.inputs[0])
         if offset is None or len(rows) != 2:
             return
         if offset + self.context > rows[0]:
@@ -141,6 +137,22 @@ class _Classifier:
             self.problems.append(Problem(node_name(op), rule, f"declare a context of {rows[0] - offset}"))
             return
         self._replace(op, name, type, offset)
+
+    def _start(self, op: ir.AtenOp) -> int | None:
+        """The first row of a slice of a table that holds one row for each token, whatever their number."""
+        args = named(op, "table", "axis", "start", "end", "step")
+        start = args.get("start") or 0
+        if args.get("axis", 0) not in (0, -2) or not isinstance(start, int) or start < 0 or args.get("step", 1) != 1:
+            return None
+        for length in self.lengths:
+            table = torch.empty(shape_of(op.inputs[0]))
+            try:
+                rows = Evaluator(length, given={op.inputs[0]: table})(op.outs[0])
+            except NotEvaluable:
+                return None
+            if not isinstance(rows, torch.Tensor) or len(rows) != length:
+                return None
+        return start
 
     def _offset(self, op: ir.AtenOp, index: SSAValue) -> int | None:
         """What is added to the positions 0, 1, ... to make `index`, or None after noting the problem."""
@@ -184,7 +196,7 @@ def _allowed(mask: torch.Tensor, length: int) -> torch.Tensor | None:
     if plane.dtype == torch.bool:
         return plane
     allowed = plane == 0
-    return allowed if bool((allowed | (plane <= _MASKED)).all()) else None
+    return allowed if bool((allowed | (plane <= MASKED)).all()) else None
 
 
 def _expected(kind: str, window: int | None, length: int) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """make-incremental: from a stateless graph over T tokens to the computation of one token.
 
-The proof: every value's sequence axis is tracked, and every operation allowed here treats the tokens one by one, but for
-attention with a classified mask and rows looked up by position. Views and transpositions that keep each token's elements in
-order vanish, because a step's values are flat.
+The proof: every value's sequence axis is tracked, and every operation allowed here treats the tokens one by one, but
+for attention with a classified mask and rows looked up by position. Views and transpositions that keep each token's
+elements in order vanish, because a step's values are flat.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from typebar.compiler import ir
-from typebar.compiler.aten import arguments, base_name, keywords
+from typebar.compiler.aten import arguments, base_name, keywords, words
 from typebar.compiler.passes.recognise import computed_values
 from typebar.compiler.problems import LoweringError, Problem, keep_name, node_name
 from xdsl.context import Context
@@ -21,9 +21,9 @@ from xdsl.ir import Block, BlockArgument, Operation, Region, SSAValue
 from xdsl.passes import ModulePass
 from xdsl.rewriter import Rewriter
 
-_VIEWS = frozenset("view reshape _unsafe_view unsqueeze squeeze flatten unflatten expand contiguous".split())
-_PERMUTATIONS = frozenset(("permute", "transpose", "t"))
-_PIECES = frozenset(("split", "split_with_sizes", "chunk", "slice", "narrow", "select", "unbind"))
+_VIEWS = words("view reshape _unsafe_view unsqueeze squeeze flatten unflatten expand contiguous")
+_PERMUTATIONS = words("permute transpose t")
+_PIECES = words("split split_with_sizes chunk slice narrow select unbind")
 _KNOWN_OPERATIONS = "embeddings, linear layers, norms, activations, add, mul, slices and scaled_dot_product_attention"
 _REWRITE = f"write it with {_KNOWN_OPERATIONS}"
 
@@ -206,7 +206,7 @@ class _StepMaker:
         if _sequence_axis(op.out) - len(_shape(op.out)) + 1 != _sequence_axis(op.index) - len(_shape(op.index)):
             raise _Refused("its index has no single axis of tokens")
         _require_flat(op.out)
-        weight = op.weight.string_value()
+        weight = ir.text(op.weight)
         new = ir.EmbeddingOp(index, weight, ir.vector(ir.width(op.out)), op.offset.value.data)
         return self._add(new, op)
 
@@ -240,7 +240,7 @@ class _StepMaker:
         return [self._step_value(source)]
 
     def _permute(self, op: Operation) -> list[SSAValue]:
-        """A permutation is nothing in a step if it keeps the order of all axes but the tokens' and those of size one."""
+        """A permutation is nothing in a step if it keeps the order of all axes but the tokens' and those of one."""
         assert isinstance(op, ir.AtenOp)
         source = op.inputs[0]
         shape, axis = _shape(source), _sequence_axis(source)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from typebar.compiler import ir
-from typebar.compiler.aten import arguments, base_name, depends_on_tokens, keywords
+from typebar.compiler.aten import arguments, base_name, depends_on_tokens, keywords, named, parameter, shape_of
 from typebar.compiler.passes.activations import recognise_activations
+from typebar.compiler.passes.attention import fused_attention, recognise_attention
 from typebar.compiler.passes.canonicalise import erase_unused
 from typebar.compiler.problems import keep_name
 from xdsl.context import Context
@@ -29,6 +29,7 @@ class Recognise(ModulePass):
                 block = graph.body.block
                 computed = computed_values(block)
                 recognise_activations(block, computed)
+                recognise_attention(block, computed)
                 for inner in list(block.ops):
                     if isinstance(inner, ir.AtenOp) and len(inner.outs) == 1 and inner.outs[0] in computed:
                         _rewrite(inner)
@@ -43,7 +44,7 @@ def computed_values(block: Block) -> set[SSAValue]:
     """
     known: dict[SSAValue, bool] = {}
     for op in block.ops:
-        if isinstance(op, ir.EmbeddingOp) or (isinstance(op, ir.AtenOp) and base_name(op) == "embedding"):
+        if isinstance(op, ir.EmbeddingOp) or (isinstance(op, ir.AtenOp) and _takes_rows(op)):
             known.update((r, True) for r in op.results)
     return {
         r
@@ -55,8 +56,18 @@ def computed_values(block: Block) -> set[SSAValue]:
     }
 
 
+def _takes_rows(op: ir.AtenOp) -> bool:
+    """Whether the operation takes rows of a table: by index, or as many from one place on as there are tokens."""
+    if base_name(op) == "embedding":
+        return True
+    return base_name(op) == "slice" and parameter(op.inputs[0]) is not None and DYNAMIC_INDEX in shape_of(op.outs[0])
+
+
 def _rewrite(op: ir.AtenOp) -> None:
     rule = _RULES.get(op.target.data)
+    shape = shape_of(op.outs[0])
+    if not shape or shape[-1] == DYNAMIC_INDEX:  # no vector for each token, whatever it is
+        return
     new = rule(op) if rule is not None else None
     if new is None:
         return
@@ -69,25 +80,10 @@ def _rewrite(op: ir.AtenOp) -> None:
     Rewriter.erase_op(op)
 
 
-def parameter(value: object) -> str | None:
-    """The name of the parameter that a value is, if it is one."""
-    if isinstance(value, SSAValue) and isinstance(value.owner, ir.ParameterOp):
-        return value.owner.source.string_value()
-    return None
-
-
-def _named(op: ir.AtenOp, *names: str) -> dict[str, object]:
-    return dict(zip(names, arguments(op), strict=False)) | keywords(op)
-
-
-def _shape(value: SSAValue) -> tuple[int, ...]:
-    return value.type.get_shape() if isinstance(value.type, TensorType) else ()
-
-
 def _layer_norm(op: ir.AtenOp) -> Operation | None:
-    args = _named(op, "x", "sizes", "weight", "bias", "eps", "cudnn")
+    args = named(op, "x", "sizes", "weight", "bias", "eps", "cudnn")
     x, weight, bias, eps = args["x"], parameter(args.get("weight")), args.get("bias"), args.get("eps", 1e-5)
-    if not isinstance(x, SSAValue) or args["sizes"] != [_shape(x)[-1]] or weight is None:
+    if not isinstance(x, SSAValue) or args["sizes"] != [shape_of(x)[-1]] or weight is None:
         return None
     if (bias is not None and parameter(bias) is None) or not isinstance(eps, float):
         return None
@@ -96,7 +92,7 @@ def _layer_norm(op: ir.AtenOp) -> Operation | None:
 
 def _weight(value: object) -> tuple[str, bool] | None:
     """A two-dimensional parameter's name and whether the value is its transpose."""
-    if not isinstance(value, SSAValue) or len(_shape(value)) != 2:
+    if not isinstance(value, SSAValue) or len(shape_of(value)) != 2:
         return None
     if (name := parameter(value)) is not None:
         return name, False
@@ -104,7 +100,7 @@ def _weight(value: object) -> tuple[str, bool] | None:
     transposing = ("aten.t.default", "aten.transpose.int", "aten.permute.default", "aten.numpy_T.default")
     if isinstance(owner, ir.AtenOp) and owner.target.data in transposing:
         name = parameter(owner.inputs[0])
-        if name is not None and _shape(owner.inputs[0]) == _shape(value)[::-1]:
+        if name is not None and shape_of(owner.inputs[0]) == shape_of(value)[::-1]:
             axes = arguments(owner)[1:]
             moved = not axes or axes in ([0, 1], [1, 0], [-1, -2], [-2, -1], [[1, 0]])
             return (name, True) if moved else None
@@ -120,7 +116,7 @@ def _linear_op(op: ir.AtenOp, x: object, weight: object, bias: object, stored_ou
 
 
 def _linear(op: ir.AtenOp) -> Operation | None:
-    args = _named(op, "x", "weight", "bias")
+    args = named(op, "x", "weight", "bias")
     return _linear_op(op, args["x"], args["weight"], args.get("bias"), True)
 
 
@@ -160,7 +156,7 @@ def _vectors(*values: SSAValue) -> bool:
     """Whether the values have one shape, leading axes of size one apart, so that nothing is broadcast over tokens."""
     shapes = []
     for value in values:
-        shape = _shape(value)
+        shape = shape_of(value)
         if not isinstance(value.type, TensorType) or not isinstance(value.type.element_type, Float32Type):
             return False
         while shape and shape[0] == 1:
@@ -191,6 +187,14 @@ def _neg(op: ir.AtenOp) -> Operation | None:
     return ir.ScaleOp(op.inputs[0], -1.0)
 
 
+def _activation(op: ir.AtenOp) -> Operation | None:
+    """What is left of the activations: those whose operand is itself an element-wise function."""
+    kind = base_name(op)
+    if kind == "gelu":
+        kind = "gelu_tanh" if keywords(op).get("approximate") == "tanh" else "gelu_erf"
+    return ir.ActivationOp(op.inputs[0], kind)
+
+
 def _rms_norm(op: ir.AtenOp) -> Operation | None:
     """weight * (x * rsqrt(mean(x ** 2, -1) + eps)), the factors of either product in either order."""
     for weight, normed in (tuple(op.inputs), tuple(op.inputs)[::-1]) if len(op.inputs) == 2 else ():
@@ -199,7 +203,7 @@ def _rms_norm(op: ir.AtenOp) -> Operation | None:
             continue
         for x, root in (tuple(product.inputs), tuple(product.inputs)[::-1]) if len(product.inputs) == 2 else ():
             eps = _eps_of_mean_square(root, x)
-            if eps is not None and _shape(weight) == _shape(x)[-1:]:
+            if eps is not None and shape_of(weight) == shape_of(x)[-1:]:
                 return ir.RmsNormOp(x, name, eps)
     return None
 
@@ -214,50 +218,17 @@ def _eps_of_mean_square(root: SSAValue, x: SSAValue) -> float | None:
         chain.append(op)
         root = op.inputs[0]
     eps, axes = arguments(chain[1])[1], arguments(chain[2])[1]
-    if root is not x or arguments(chain[3])[1] != 2 or axes not in ([-1], [len(_shape(x)) - 1]):
+    if root is not x or arguments(chain[3])[1] != 2 or axes not in ([-1], [len(shape_of(x)) - 1]):
         return None
     return eps if isinstance(eps, float) else None
 
 
 def _fused_rms_norm(op: ir.AtenOp) -> Operation | None:
-    args = _named(op, "x", "sizes", "weight", "eps")
+    args = named(op, "x", "sizes", "weight", "eps")
     x, weight, eps = args["x"], parameter(args.get("weight")), args.get("eps")
-    if not isinstance(x, SSAValue) or weight is None or args["sizes"] != [_shape(x)[-1]]:
+    if not isinstance(x, SSAValue) or weight is None or args["sizes"] != [shape_of(x)[-1]]:
         return None
     return ir.RmsNormOp(x, weight, eps if isinstance(eps, float) else 2.0**-23)  # torch's default: float32's eps
-
-
-def _attention(op: ir.AtenOp) -> Operation | None:
-    args = _named(op, "q", "k", "v", "mask", "dropout", "causal")
-    q, k, v, mask = args["q"], args["k"], args["v"], args.get("mask")
-    if not (isinstance(q, SSAValue) and isinstance(k, SSAValue) and isinstance(v, SSAValue)) or args.get("dropout"):
-        return None
-    k, v = _before_repeating_heads(k), _before_repeating_heads(v)
-    shapes = [_shape(x) for x in (q, k, v)]
-    if any(len(s) != 4 or s[0] != 1 or s[2] != DYNAMIC_INDEX or s[3] != shapes[0][3] for s in shapes):
-        return None
-    heads, kv_heads, size = shapes[0][1], shapes[1][1], shapes[0][3]
-    if shapes[1] != shapes[2] or kv_heads <= 0 or heads % kv_heads:
-        return None
-    scale = args.get("scale")
-    factor = scale if isinstance(scale, int | float) else 1 / math.sqrt(size)
-    kind = "causal" if args.get("causal") else "none"
-    allowed = mask if isinstance(mask, SSAValue) else None
-    return ir.AttentionOp(q, k, v, heads, kv_heads, size, factor, mask=None if allowed else kind, allowed=allowed)
-
-
-def _before_repeating_heads(value: SSAValue) -> SSAValue:
-    """K or V before its heads were copied for their groups of query heads: reshape(expand(unsqueeze(x, 2)))."""
-    inner = value
-    for name in (("reshape", "view", "_unsafe_view"), ("expand",), ("unsqueeze",)):
-        op = inner.owner
-        if not isinstance(op, ir.AtenOp) or base_name(op) not in name:
-            return value
-        inner = op.inputs[0]
-    source, spread, copied = _shape(inner), _shape(value), _shape(value.owner.operands[0])  # type: ignore[union-attr]
-    grouped = len(copied) == 5 and copied[:2] == source[:2] and copied[3:] == source[2:]
-    joined = len(spread) == 4 and spread[1] == copied[1] * copied[2] and spread[2:] == source[2:]
-    return inner if len(source) == 4 and grouped and joined else value
 
 
 _RULES: dict[str, Callable[[ir.AtenOp], Operation | None]] = {
@@ -273,7 +244,8 @@ _RULES: dict[str, Callable[[ir.AtenOp], Operation | None]] = {
     "aten.mul.Tensor": _mul,
     "aten.div.Tensor": _div,
     "aten.neg.default": _neg,
-    "aten.scaled_dot_product_attention.default": _attention,
+    **dict.fromkeys((f"aten.{name}.default" for name in ("gelu", "relu", "sigmoid", "silu", "tanh")), _activation),
+    "aten.scaled_dot_product_attention.default": fused_attention,
 }
 
 
@@ -286,7 +258,7 @@ def _fold_biases(block: Block) -> None:
             linear, name = x.owner, parameter(added)
             if not isinstance(linear, ir.LinearOp) or linear.bias is not None or name is None:
                 continue
-            if not x.has_one_use() or _shape(added) != _shape(x)[-1:] or keywords(op):
+            if not x.has_one_use() or shape_of(added) != shape_of(x)[-1:] or keywords(op):
                 continue
             linear.properties["bias"] = ir.symbol(name)
             op.outs[0].replace_all_uses_with(x)

@@ -34,8 +34,8 @@ class Reroll(ModulePass):
 class _Loop:
     """`count` layers of `period` operations from operation `first`; the carried values in the order of their slots.
 
-    A slot is (number in the layer of the operation that yields it, or None for a value that no layer changes; the result's
-    number; the value that the first layer receives).
+    A slot is (number in the layer of the operation that yields it, or None for a value that no layer changes; the
+    result's number; the value that the first layer receives).
     """
 
     ops: list[Operation]
@@ -75,7 +75,7 @@ def _find(block: Block) -> _Loop | None:
 def _signature(op: Operation) -> tuple[object, ...]:
     """Equal for operations that may be the same one in different layers."""
     properties = tuple(
-        (name, _NUMBER.sub("#", a.string_value()) if isinstance(a, SymbolRefAttr) else a)
+        (name, _NUMBER.sub("#", ir.text(a)) if isinstance(a, SymbolRefAttr) else a)
         for name, a in sorted(op.properties.items())
     )
     regions = (id(op),) if op.regions else ()
@@ -83,7 +83,7 @@ def _signature(op: Operation) -> tuple[object, ...]:
 
 
 def _runs(signatures: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(first, period, length) of every longest run in which operation i equals operation i + period, of a period or more."""
+    """(first, period, length) of every run in which operation i equals operation i + period, of a period or more."""
     total = len(signatures)
     for period in range(2, total // 2 + 1):
         length = 0
@@ -122,7 +122,7 @@ def _starts(ops: Sequence[Operation]) -> Iterator[int | None]:
 def _text(op: Operation, name: str) -> str:
     attribute = op.properties[name]
     assert isinstance(attribute, SymbolRefAttr)
-    return attribute.string_value()
+    return ir.text(attribute)
 
 
 def _numbered(texts: Sequence[str]) -> tuple[str, int] | None:
@@ -203,15 +203,15 @@ def _rewrite(block: Block, loop: _Loop) -> None:
             result.name_hint = old.name_hint
         body.add_op(new)
     yields = [
-        body.args[n] if source is None else mapping[layers[0][source].results[result]]
-        for n, (source, result, _) in enumerate(loop.slots)
+        body.args[n] if source is None else mapping[layers[0][source].results[number]]
+        for n, (source, number, _) in enumerate(loop.slots)
     ]
     body.add_op(ir.YieldOp(*yields))
     repeat = ir.RepeatOp(inits, loop.count, loop.start, Region([body]))
     block.insert_op_before(repeat, loop.ops[loop.first])
-    for (source, result, _), out in zip(loop.slots, repeat.outs, strict=True):
+    for (source, number, _), out in zip(loop.slots, repeat.outs, strict=True):
         if source is not None:
-            layers[-1][source].results[result].replace_uses_with_if(out, lambda use: use.operation not in layers[-1])
+            layers[-1][source].results[number].replace_uses_with_if(out, lambda use: use.operation not in layers[-1])
     for op in reversed(loop.ops[loop.first : loop.end]):
         Rewriter.erase_op(op)
 
