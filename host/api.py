@@ -1,0 +1,306 @@
+"""Typebar in Python: `compile` a model to an image, `load` it and generate, `simulate` its time.
+
+>>> typebar.compile("folio", "folio.safetensors", devices=4)
+>>> print(typebar.load("folio.safetensors").generate("It was", max_new_tokens=32).text)
+>>> print(typebar.simulate("gpt2-xl", devices=4).to_json()["decode"])
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from typebar.host import generation
+from typebar.host.engine import Engine
+from typebar.host.report import SimulationReport, simulate
+from typebar.host.sampling import Sampler, SamplingSettings
+from typebar.host.select import Candidate, candidates
+from typebar.host.tokenizer import TextStream, TextTokenizer
+from typebar.isa.errors import TypebarError
+from typebar.isa.image import Image, Manifest
+from typebar.isa.machine import Machine
+
+if TYPE_CHECKING:
+    import torch
+
+    from typebar.compiler.frontend import FrontendModel
+
+Streamer = Callable[[str], None]
+"""Called with each piece of text as it becomes certain; the pieces joined are the generated text."""
+
+
+@dataclass(frozen=True)
+class CompiledImage(os.PathLike[str]):
+    """An image that `compile` wrote; usable wherever a path is."""
+
+    path: Path
+    manifest: Manifest
+
+    def __fspath__(self) -> str:
+        """The path of the file."""
+        return str(self.path)
+
+
+def compile(
+    model: str | os.PathLike[str] | torch.nn.Module,
+    out: str | os.PathLike[str],
+    machine: str | os.PathLike[str] | Machine = "u280",
+    devices: int = 4,
+    weights: str = "fp16",
+    progress: Callable[[int, int], None] | None = None,
+    config: Mapping[str, Any] | None = None,
+    tokenizer_json: bytes | None = None,
+) -> CompiledImage:
+    """Compile a model for a ring of devices and write the image; the file appears complete or not at all.
+
+    Args:
+        model: a checkpoint directory, a shipped model's name, or a module from token ids [1, T] to logits [1, T, V].
+        out: the image to create or replace.
+        machine: a shipped machine's name, a .toml file, or a machine.
+        devices: devices on the ring, 1 to 64.
+        weights: format of weights and caches in memory, fp16 or bf16.
+        progress: called with bytes written and in total.
+        config: for modules: context, eos_token_id and name, as far as the module does not say.
+        tokenizer_json: contents of a tokenizer.json, for modules; a directory brings its own.
+
+    Raises:
+        TypebarError: in one line, for anything that the caller can mend.
+    """
+    from typebar.compiler import driver
+
+    target = machine if isinstance(machine, Machine) else Machine.load(os.fspath(machine))
+    fmt = driver.weights_format(weights)
+    source = _model(model, config)
+    if tokenizer_json is not None:
+        source = replace(source, tokenizer_json=tokenizer_json)
+    path = Path(out)
+    return CompiledImage(path, driver.write(driver.build(source, target, devices, fmt), path, progress))
+
+
+def _model(model: str | os.PathLike[str] | torch.nn.Module, config: Mapping[str, Any] | None) -> FrontendModel:
+    """A model with weights, by path, by name, or as a module."""
+    from typebar.compiler.frontend import SHAPES, load_model
+
+    if not isinstance(model, str | os.PathLike):
+        return load_model(model, config)
+    name = os.fspath(model)
+    if Path(name).exists():
+        return load_model(Path(name))
+    from typebar.models import find, shipped
+
+    if name in SHAPES:
+        raise TypebarError(f"{name!r} is a shape without weights: simulate it, or compile a checkpoint directory")
+    if any(known.name == name for known in shipped()):
+        return load_model(find(name).path)
+    known_names = ", ".join(known.name for known in shipped())
+    raise TypebarError(f"no model {name!r}: give a checkpoint directory or a shipped model ({known_names})")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `TextModel.generate` made.
+
+    Attributes:
+        text: the new text, without the prompt; None if the image has no tokenizer.
+        tokens: the new token ids, with the one that ended the text if one did.
+        prompt_tokens: the prompt's token ids.
+        device: `sim` or `torch`: what finished the work.
+        device_name: the same in words.
+        reasons: why devices were passed over or given up, in order.
+        finish_reason: `stop` after the end-of-text token, `length` after max_new_tokens.
+        flags: numeric conditions that the device reported, each with its place.
+        seed: seed of the sampling, also where none was given; None for greedy decoding.
+    """
+
+    text: str | None
+    tokens: list[int]
+    prompt_tokens: list[int]
+    device: str
+    device_name: str
+    reasons: list[str]
+    finish_reason: str
+    flags: list[str] = field(default_factory=list)
+    seed: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        return asdict(self)
+
+
+class TextModel:
+    """An open image with something that runs it; also a context manager that closes the image."""
+
+    def __init__(self, image: Image, chain: Sequence[Candidate], reasons: Sequence[str]) -> None:
+        """Not for callers: use `load`."""
+        self.image = image
+        self._vocab = int(image.manifest.model["vocab"])
+        self._tokenizer = TextTokenizer(image.tokenizer) if image.tokenizer else None
+        self._chain = generation.Chain(image, chain, reasons)
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The image's tokenizer.
+
+        Raises:
+            TypebarError: it has none.
+        """
+        if self._tokenizer is None:
+            raise TypebarError("the image has no tokenizer: give input_ids, or compile with a tokenizer.json")
+        return self._tokenizer
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why devices were passed over or given up so far."""
+        return list(self._chain.reasons)
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        input_ids: Sequence[int] | None = None,
+        max_new_tokens: int = 64,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        streamer: Streamer | None = None,
+        eos_token_id: int | None = None,
+    ) -> Generation:
+        """Continue a prompt, in Hugging Face's vocabulary.
+
+        Args:
+            prompt: text; or give `input_ids`.
+            input_ids: token ids [T].
+            max_new_tokens: tokens to generate at most; with the prompt they must fit the model's context.
+            do_sample: draw tokens at random; otherwise each is the most likely one (greedy decoding).
+            temperature: divides the logits before drawing.
+            top_k: draw among the k most likely tokens; None for all.
+            top_p: draw among the fewest tokens whose probabilities reach it; None for all.
+            seed: equal seeds give equal tokens on devices of equal numerics; None for a fresh one.
+            streamer: called with each piece of text as it becomes certain.
+            eos_token_id: token that ends the text; None for the model's own, -1 for none.
+
+        Raises:
+            TypebarError: input that breaks a rule.
+            DeviceError: every device failed.
+        """
+        settings = SamplingSettings(temperature, top_k, top_p, seed)
+        if not do_sample and settings != SamplingSettings(seed=seed):
+            raise TypebarError("temperature, top_k and top_p act only when sampling: give do_sample, or leave them out")
+        given = self._prompt(prompt, input_ids)
+        generation.check_length(self.image, len(given), max_new_tokens)
+        sampler = Sampler(settings) if do_sample else None
+        request = generation.Request(given, max_new_tokens, self._end(eos_token_id), sampler)
+        text = self._run(request, streamer)
+        engine = self._chain.engine()
+        return Generation(
+            text=text,
+            tokens=request.tokens,
+            prompt_tokens=given,
+            device=engine.kind,
+            device_name=engine.name,
+            reasons=self.reasons,
+            finish_reason="stop" if request.tokens[-1] == request.end else "length",
+            flags=engine.flags(),
+            seed=None if sampler is None else sampler.seed,
+        )
+
+    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Logits [T, vocab] after each of `tokens` [T], fed one after another (teacher-forced).
+
+        Raises:
+            TypebarError: no tokens, more than the context, or one outside the vocabulary.
+            DeviceError: every device failed.
+        """
+        given = generation.check_tokens(self.image, tokens)
+        rows = np.empty((len(given), self._vocab), np.float32)
+        done = 0
+
+        def work(engine: Engine) -> None:
+            nonlocal done
+            for done, token in enumerate(given):
+                rows[done] = engine.logits([token])
+
+        self._chain.attempt(work, lambda: generation.count_of(done, "token"))
+        return rows
+
+    def close(self) -> None:
+        """Let go of the image's file."""
+        self.image.close()
+
+    def __enter__(self) -> TextModel:
+        """The model itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def _prompt(self, prompt: str | None, input_ids: Sequence[int] | None) -> list[int]:
+        if (prompt is None) == (input_ids is None):
+            raise TypebarError("give exactly one of prompt (text) and input_ids (token ids)")
+        if input_ids is not None:
+            return generation.check_tokens(self.image, input_ids)
+        if not isinstance(prompt, str):
+            raise TypebarError(f"the prompt must be text, not {type(prompt).__name__}: give token ids as input_ids")
+        return generation.check_tokens(self.image, self.tokenizer.encode(prompt))
+
+    def _end(self, token: int | None) -> int | None:
+        if token is None:
+            own = self.image.manifest.model["eos"]
+            return None if own is None else int(own)
+        if isinstance(token, bool) or not isinstance(token, int) or not -1 <= token < self._vocab:
+            raise TypebarError(f"eos_token_id must be from 0 to {self._vocab - 1}, or -1 for none, not {token!r}")
+        return None if token == -1 else token
+
+    def _run(self, request: generation.Request, streamer: Streamer | None) -> str | None:
+        """Generate, streaming; returns the text."""
+        if self._tokenizer is None and streamer is None:
+            generation.run(self._chain, request, lambda token: None)
+            return None
+        stream, pieces = TextStream(self.tokenizer, request.prompt), []
+
+        def show(piece: str) -> None:
+            if piece:
+                pieces.append(piece)
+                if streamer is not None:
+                    streamer(piece)
+
+        generation.run(self._chain, request, lambda token: show(stream.put(token)))
+        show(stream.end())
+        return "".join(pieces)
+
+
+def load(path: str | os.PathLike[str], device: str | Sequence[str | Candidate] = "auto") -> TextModel:
+    """Open an image, check it, and make ready what will run it.
+
+    Args:
+        path: the image.
+        device: `auto` (hardware, else torch on a GPU, else on the CPU), `sim` (the functional simulator; torch carries
+            on if it fails), `torch` (a GPU, else the CPU), or a sequence of the last two, each carrying on for the one
+            before.
+
+    Raises:
+        TypebarError: no such device, or anything wrong with the image.
+        DeviceError: no device works.
+    """
+    chain, reasons = candidates(device)
+    image = Image.open(Path(path))
+    try:
+        return TextModel(image, chain, reasons)
+    except BaseException:
+        image.close()
+        raise
+
+
+__all__ = ["CompiledImage", "Generation", "SimulationReport", "TextModel", "compile", "load", "simulate"]

@@ -1,0 +1,256 @@
+"""What `simulate` reports: the time of a generation, where it goes, and how near it is to the memory's limit.
+
+Definitions, for a prompt of P tokens and N new ones on D devices:
+
+- prefill: cycles until device 0 stores the first new token: all passes over the prompt.
+- decode: the other N - 1 passes, from there to the last device's halt; figures per token are None if N = 1.
+- useful bytes per token: the unpadded weights that a pass reads, and the K and V of the position + 1 tokens it attends
+  to, averaged over the decode passes (positions P to P + N - 2); all devices. `hbm_bytes_per_token` is this number.
+- limit_ms_per_token: useful bytes per token / (D x HBM bytes per second of one device).
+- hbm_utilization: limit_ms_per_token / ms_per_token.
+- host_ms: both directions' latency, and the prompt, descriptor and new tokens at the link's rate.
+- total_ms: all cycles at the clock, and host_ms.
+- breakdown: cycles of device 0's matrix unit by cause; they sum to total_cycles, as every unit's do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from typebar.compiler.emit.head import DESCRIPTOR_WORDS
+from typebar.host.generation import count_of
+from typebar.isa.errors import TypebarError
+from typebar.isa.image import Image
+from typebar.isa.image_manifest import check_machine
+from typebar.isa.machine import LINE_BYTES, Machine
+from typebar.isa.program import Program, encode
+from typebar.sim.timing import TimingResult, run_timing
+
+_WORD = 4
+_DEFAULT_MACHINE, _DEFAULT_DEVICES = "u280", 4
+
+
+@dataclass(frozen=True)
+class SimulationReport:
+    """The figures of one simulated generation; the module says how each is defined."""
+
+    machine: str
+    devices: int
+    clock_mhz: int
+    prefill: dict[str, Any]
+    decode: dict[str, Any]
+    breakdown: dict[str, int]
+    units: dict[str, dict[str, int]]
+    hbm: dict[str, int]
+    program_bytes: int
+    program_sha256: str
+    instructions: int
+    total_cycles: int
+    host_ms: float
+    total_ms: float
+    device_cycles_per_s: float
+    wall_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is simulated."""
+
+    program: Program
+    machine: Machine
+    devices: int
+    context: int
+    io: Mapping[str, int]
+    accounting: Mapping[str, int]
+
+
+def simulate(
+    source: str | os.PathLike[str],
+    machine: str | os.PathLike[str] | Machine | None = None,
+    devices: int | None = None,
+    weights: str = "fp16",
+    settings: Mapping[str, str] | None = None,
+    prompt_tokens: int = 64,
+    new_tokens: int = 64,
+    trace: str | os.PathLike[str] | None = None,
+) -> SimulationReport:
+    """Time a generation on a ring of devices, without computing it.
+
+    Args:
+        source: an image, the name of a shape such as `gpt2-xl`, a checkpoint directory, or a shipped model's name.
+        machine: where to run it; an image's own by default, `u280` for the others. For an image, one that differs from
+            its own only in timing will do.
+        devices: devices on the ring; an image's own number, 4 for the others.
+        weights: fp16 or bf16, for what is no image.
+        settings: machine parameters to override, such as {"hbm.latency": "80"}.
+        prompt_tokens: tokens of the prompt.
+        new_tokens: tokens to generate; none of them ends the text.
+        trace: a file to write a Perfetto trace to.
+
+    Raises:
+        TypebarError: in one line, for anything that the caller can mend.
+    """
+    start = time.perf_counter()
+    subject = _subject(source, machine, devices, weights, settings or {})
+    _check_lengths(prompt_tokens, new_tokens, subject.context)
+    io = _io_words(subject, prompt_tokens, new_tokens)
+    running = time.perf_counter()
+    result = run_timing(subject.program, subject.machine, subject.devices, io, trace=trace is not None)
+    seconds = time.perf_counter() - running
+    if trace is not None:
+        from typebar.sim.trace import write_perfetto
+
+        write_perfetto(result, subject.machine, subject.program, Path(trace))
+    return _report(subject, result, prompt_tokens, new_tokens, seconds, start)
+
+
+def _subject(
+    source: str | os.PathLike[str],
+    machine: str | os.PathLike[str] | Machine | None,
+    devices: int | None,
+    weights: str,
+    settings: Mapping[str, str],
+) -> _Subject:
+    target = machine if isinstance(machine, Machine) or machine is None else Machine.load(os.fspath(machine))
+    path = Path(source)
+    if path.is_dir() or not path.exists():
+        chosen = (target or Machine.load(_DEFAULT_MACHINE)).override(settings)
+        return _compiled(source, chosen, _DEFAULT_DEVICES if devices is None else devices, weights)
+    with Image.open(path, verify=False) as image:
+        manifest = image.manifest
+        chosen = (target or image.machine).override(settings)
+        check_machine(manifest, chosen)
+        if devices not in (None, manifest.devices):
+            raise TypebarError(
+                f"the image is for {count_of(manifest.devices, 'device')}, not {devices}: compile it for {devices}"
+            )
+        context = int(manifest.model["context"])
+        return _Subject(image.program, chosen, manifest.devices, context, manifest.io, manifest.accounting)
+
+
+def _compiled(source: str | os.PathLike[str], machine: Machine, devices: int, weights: str) -> _Subject:
+    """A model compiled as far as its program; its weights are not read."""
+    from typebar.compiler import driver
+    from typebar.compiler.frontend import SHAPES, load_model
+    from typebar.models import shipped
+
+    fmt = driver.weights_format(weights)
+    name = os.fspath(source)
+    places = {model.name: model.path for model in shipped()}
+    if not Path(name).exists() and name not in SHAPES and name not in places:
+        known = ", ".join([*SHAPES, *places])
+        raise TypebarError(f"there is no image {name!r}, and no shape of that name; shapes and models are: {known}")
+    made = driver.build(load_model(places.get(name, source) if name not in SHAPES else name), machine, devices, fmt)
+    io, memory = asdict(made.memory.io), made.memory
+    return _Subject(made.program, machine, devices, int(made.model.config["context"]), io, memory.accounting)
+
+
+def _check_lengths(prompt: int, new: int, context: int) -> None:
+    for name, value in (("prompt_tokens", prompt), ("new_tokens", new)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise TypebarError(f"{name} must be an integer, at least 1, not {value!r}")
+    if prompt + new > context:
+        raise TypebarError(
+            f"prompt_tokens = {prompt} and new_tokens = {new} exceed the context of {context} tokens: ask for less"
+        )
+
+
+def _io_words(subject: _Subject, prompt: int, new: int) -> NDArray[np.int32]:
+    """The IO region of every device before the launch; the prompt's tokens are zeros."""
+    words = np.zeros((subject.devices, subject.io["bytes"] // _WORD), np.int32)
+    first = subject.io["descriptor_line"] * LINE_BYTES // _WORD
+    for name, value in {"count": prompt, "new": new, "eos": -1}.items():
+        words[:, first + DESCRIPTOR_WORDS[name]] = value
+    return words
+
+
+def _report(
+    subject: _Subject, result: TimingResult, prompt: int, new: int, seconds: float, start: float
+) -> SimulationReport:
+    machine = subject.machine
+    words = encode(subject.program).tobytes()
+    prefill = _first_token(subject, result, prompt)
+    per_cycle = 1 / (machine.clock_mhz * 1e3)
+    link = 2 * machine.host.latency_ns * 1e-6
+    link += (LINE_BYTES + (prompt + new) * _WORD) / (machine.host.megabytes_per_second * 1e3)
+    return SimulationReport(
+        machine=machine.name,
+        devices=subject.devices,
+        clock_mhz=machine.clock_mhz,
+        prefill={"tokens": prompt, "cycles": prefill, "ms": prefill * per_cycle},
+        decode=_decode(subject, prompt, new, result.total_cycles - prefill),
+        breakdown=dict(result.causes[0]["matrix"]),
+        units={unit: dict(causes) for unit, causes in result.causes[0].items()},
+        hbm=_hbm(result),
+        program_bytes=len(words),
+        program_sha256=hashlib.sha256(words).hexdigest(),
+        instructions=sum(counters.instructions for counters in result.counters),
+        total_cycles=result.total_cycles,
+        host_ms=link,
+        total_ms=result.total_cycles * per_cycle + link,
+        device_cycles_per_s=result.total_cycles * result.devices / seconds,
+        wall_s=time.perf_counter() - start,
+    )
+
+
+def _first_token(subject: _Subject, result: TimingResult, prompt: int) -> int:
+    """Cycle from which the host can see the first new token on device 0."""
+    place = subject.io["tokens_line"] * LINE_BYTES + prompt * _WORD
+    for store in result.stores:
+        if store.device == 0 and store.line * LINE_BYTES + store.byte == place:
+            return store.cycle
+    raise AssertionError("the program stored no token")
+
+
+def _decode(subject: _Subject, prompt: int, new: int, cycles: int) -> dict[str, Any]:
+    tokens = new - 1
+    figures: dict[str, Any] = dict.fromkeys(
+        ("ms_per_token", "tokens_per_s", "hbm_bytes_per_token", "hbm_utilization", "limit_ms_per_token")
+    )
+    if tokens:
+        # Positions prompt to prompt + tokens - 1 attend to one token more than their number.
+        attended = prompt + (tokens + 1) / 2
+        useful = subject.accounting["weight_bytes"] + subject.accounting["kv_bytes_per_position"] * attended
+        seconds = cycles / (subject.machine.clock_mhz * 1e6) / tokens
+        limit = useful / (subject.devices * subject.machine.hbm_bytes_per_second)
+        figures = {
+            "ms_per_token": seconds * 1e3,
+            "tokens_per_s": 1 / seconds,
+            "hbm_bytes_per_token": useful,
+            "hbm_utilization": limit / seconds,
+            "limit_ms_per_token": limit * 1e3,
+        }
+    return {"tokens": tokens, "cycles": cycles, **figures}
+
+
+def _hbm(result: TimingResult) -> dict[str, int]:
+    """Bytes that HBM moved in the whole run, all devices together, useful ones and the others apart."""
+
+    def total(name: str) -> int:
+        return sum(int(getattr(counters, name)) for counters in result.counters)
+
+    fetched = {"weights": total("weights_fetched_bytes"), "kv": total("kv_fetched_bytes")}
+    useful = {"weights": total("weights_useful_bytes"), "kv": total("kv_useful_bytes")}
+    written, stored = total("kv_written_bytes"), total("kv_useful_written_bytes")
+    return {
+        "weights_useful_bytes": useful["weights"],
+        "weights_padding_bytes": fetched["weights"] - useful["weights"],
+        "kv_useful_bytes": useful["kv"],
+        "kv_padding_bytes": fetched["kv"] - useful["kv"],
+        "kv_stored_bytes": stored,
+        "kv_partial_write_bytes": written - stored,
+        "total_bytes": fetched["weights"] + fetched["kv"] + written,
+    }

@@ -1,0 +1,98 @@
+"""Choosing a token from logits, in the order Hugging Face applies the settings: temperature, top-k, top-p."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from typebar.isa.errors import TypebarError
+
+_SEED_BITS = 53
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How to draw a token.
+
+    Raises:
+        TypebarError: a value out of range.
+    """
+
+    temperature: float = 1.0
+    """Logits are divided by it: finite and above 0."""
+    top_k: int | None = None
+    """Keep only tokens whose logit is no less than the k-th largest; None keeps all."""
+    top_p: float | None = None
+    """Keep the fewest most likely tokens whose probabilities reach it, at least one: above 0, at most 1."""
+    seed: int | None = None
+    """Seed of the generator; None draws one from the operating system."""
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        _check_number("temperature", self.temperature, "a finite number above 0", sys.float_info.max)
+        if self.top_k is not None:
+            _check_integer("top_k", self.top_k, 1, "at least 1; leave it out to keep every token")
+        if self.top_p is not None:
+            _check_number("top_p", self.top_p, "a number above 0 and at most 1", 1)
+        if self.seed is not None:
+            _check_integer("seed", self.seed, 0, "at least 0")
+
+
+def _check_number(name: str, value: Any, rule: str, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= high:
+        raise TypebarError(f"{name} must be {rule}, not {value!r}")
+
+
+def _check_integer(name: str, value: Any, low: int, rule: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
+        raise TypebarError(f"{name} must be an integer, {rule}, not {value!r}")
+
+
+class Sampler:
+    """Draws tokens; equal settings, seed and logits give equal tokens, and every token takes one random number."""
+
+    def __init__(self, settings: SamplingSettings) -> None:
+        """Seed a PCG64 generator; `seed` is the one in use, also where the settings left it open."""
+        self._settings = settings
+        self.seed = secrets.randbits(_SEED_BITS) if settings.seed is None else settings.seed
+        self._generator = np.random.Generator(np.random.PCG64(self.seed))
+
+    def sample(self, logits: NDArray[np.float32]) -> int:
+        """One token drawn from `logits` [vocab].
+
+        Raises:
+            TypebarError: a logit is NaN or plus infinity, or all are minus infinity.
+        """
+        chances = probabilities(logits, self._settings)
+        total = np.cumsum(chances)
+        drawn = self._generator.random() * total[-1]
+        # The last token with a chance, should rounding carry the draw to the end.
+        return int(min(np.searchsorted(total, drawn, side="right"), np.flatnonzero(chances)[-1]))
+
+
+def probabilities(logits: NDArray[np.float32], settings: SamplingSettings) -> NDArray[np.float64]:
+    """The distribution [vocab] that `settings` make of `logits` [vocab], in float64; it sums to about 1.
+
+    Raises:
+        TypebarError: a logit is NaN or plus infinity, or all are minus infinity.
+    """
+    values = logits.astype(np.float64)
+    largest = values.max()
+    if not np.isfinite(largest):
+        raise TypebarError(f"cannot sample: the largest logit is {largest}; the model's weights are broken")
+    scaled = (values - largest) / settings.temperature
+    if settings.top_k is not None and settings.top_k < scaled.size:
+        scaled[scaled < np.partition(scaled, -settings.top_k)[-settings.top_k]] = -np.inf
+    chances: NDArray[np.float64] = np.exp(scaled)
+    chances /= chances.sum()
+    if settings.top_p is not None and settings.top_p < 1:
+        order = np.argsort(-chances, kind="stable")
+        before = np.cumsum(chances[order]) - chances[order]
+        chances[order[1:][before[1:] >= settings.top_p]] = 0
+        chances /= chances.sum()
+    return chances
