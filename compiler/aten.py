@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from typebar.compiler import ir
 from xdsl.dialects.builtin import (
     DYNAMIC_INDEX,
     ArrayAttr,
@@ -27,6 +26,8 @@ from xdsl.dialects.builtin import (
     UnitAttr,
 )
 from xdsl.ir import Attribute, OpResult, SSAValue
+
+from typebar.compiler import ir
 
 Lookup = Callable[[str], np.ndarray]
 """Gives a source parameter's or buffer's values by its name; raises TypebarError if there are none."""

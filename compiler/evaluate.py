@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from xdsl.dialects.builtin import ModuleOp
+
 from typebar.compiler.frontend.weights import WeightSource
 from typebar.compiler.interpreter import StepInterpreter
-from xdsl.dialects.builtin import ModuleOp
 
 
 def evaluate_step(

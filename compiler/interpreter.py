@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
+from xdsl.dialects.builtin import ModuleOp, SymbolRefAttr
+from xdsl.ir import Block, Operation, SSAValue
+
 from typebar.compiler import ir
 from typebar.compiler.passes.activations import FUNCTIONS
 from typebar.compiler.pipeline import parse
 from typebar.isa.errors import TypebarError
-from xdsl.dialects.builtin import ModuleOp, SymbolRefAttr
-from xdsl.ir import Block, Operation, SSAValue
 
 WeightLookup = Callable[[str], torch.Tensor]
 """Gives a parameter's values by its name; called once for every name."""

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from xdsl.dialects.builtin import ModuleOp
+from xdsl.parser import Parser
+from xdsl.passes import ModulePass
+from xdsl.utils.exceptions import ParseError, VerifyException
+
 from typebar.compiler import ir
 from typebar.compiler.aten import Lookup
 from typebar.compiler.passes.canonicalise import Canonicalise
@@ -14,10 +19,6 @@ from typebar.compiler.passes.reroll import Reroll
 from typebar.compiler.problems import LoweringError
 from typebar.compiler.verify import verify
 from typebar.isa.errors import TypebarError
-from xdsl.dialects.builtin import ModuleOp
-from xdsl.parser import Parser
-from xdsl.passes import ModulePass
-from xdsl.utils.exceptions import ParseError, VerifyException
 
 PASSES: dict[str, type[ModulePass]] = {
     made.name: made for made in (Canonicalise, Recognise, ClassifyMasks, MakeIncremental, Reroll)

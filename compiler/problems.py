@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from typebar.isa.errors import TypebarError
 from xdsl.dialects.builtin import StringAttr
 from xdsl.ir import Operation, SSAValue
+
+from typebar.isa.errors import TypebarError
 
 _SHOWN = 3
 

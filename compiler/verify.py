@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typebar.compiler import ir
-from typebar.compiler.problems import node_name
-from typebar.isa.errors import TypebarError
 from xdsl.dialects.builtin import IndexType, ModuleOp, SymbolRefAttr, TensorType, f32
 from xdsl.ir import Block, Operation
 from xdsl.utils.exceptions import VerifyException
+
+from typebar.compiler import ir
+from typebar.compiler.problems import node_name
+from typebar.isa.errors import TypebarError
 
 _GRAPH_ONLY = (ir.AtenOp, ir.ParameterOp, ir.PositionsOp)
 

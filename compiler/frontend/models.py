@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from xdsl.dialects.builtin import DYNAMIC_INDEX, ModuleOp, TensorType
+
 from typebar.compiler import ir
 from typebar.compiler.aten import base_name, depends_on_tokens
 from typebar.compiler.frontend.torch_import import Exported, export, to_graph
 from typebar.compiler.frontend.weights import ModuleSource, ShapeSource, WeightSource, bind
 from typebar.compiler.pipeline import lower
 from typebar.isa.errors import TypebarError
-from xdsl.dialects.builtin import DYNAMIC_INDEX, ModuleOp, TensorType
 
 SHAPES: Mapping[str, tuple[int, int, int]] = {
     "gpt2": (768, 12, 12),

@@ -8,10 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from typebar.compiler import ir
-from typebar.compiler.aten import DTYPES, SIZE_OPERATORS
-from typebar.compiler.problems import LoweringError, Problem
-from typebar.isa.errors import TypebarError
 from xdsl.dialects.builtin import (
     DYNAMIC_INDEX,
     ArrayAttr,
@@ -26,6 +22,11 @@ from xdsl.dialects.builtin import (
     i64,
 )
 from xdsl.ir import Attribute, Block, Region, SSAValue
+
+from typebar.compiler import ir
+from typebar.compiler.aten import DTYPES, SIZE_OPERATORS
+from typebar.compiler.problems import LoweringError, Problem
+from typebar.isa.errors import TypebarError
 
 _EXAMPLE_LENGTH = 7
 _DROPPED_KEYWORDS = frozenset(("device", "layout", "memory_format", "pin_memory", "non_blocking", "copy"))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+
 from typebar.isa.errors import TypebarError
 
 _INDEX = "model.safetensors.index.json"

@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import torch
 from torch.nn import functional
-from typebar.compiler import ir
-from typebar.compiler.aten import Evaluator, NotEvaluable, base_name, words
-from typebar.compiler.problems import keep_name
 from xdsl.dialects.builtin import TensorType
 from xdsl.ir import Block, SSAValue
 from xdsl.rewriter import Rewriter
+
+from typebar.compiler import ir
+from typebar.compiler.aten import Evaluator, NotEvaluable, base_name, words
+from typebar.compiler.problems import keep_name
 
 _ELEMENTWISE = words(
     """abs add clamp clamp_max clamp_min div erf exp gelu hardtanh maximum minimum mul neg pow reciprocal relu rsub

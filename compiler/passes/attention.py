@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from xdsl.dialects.builtin import DYNAMIC_INDEX, IntegerType, TensorType
+from xdsl.ir import Block, Operation, SSAValue
+from xdsl.rewriter import Rewriter
+
 from typebar.compiler import ir
 from typebar.compiler.aten import arguments, base_name, keywords, named, shape_of
 from typebar.compiler.passes.canonicalise import erase_unused
 from typebar.compiler.problems import keep_name
-from xdsl.dialects.builtin import DYNAMIC_INDEX, IntegerType, TensorType
-from xdsl.ir import Block, Operation, SSAValue
-from xdsl.rewriter import Rewriter
 
 MASKED = -1e9
 """A score to which this or less is added does not count: exp(score - 1e9) is 0 in float32 for every score below 1e8."""

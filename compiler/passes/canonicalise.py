@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from typebar.compiler import ir
-from typebar.compiler.aten import arguments, base_name, keywords, words
 from xdsl.context import Context
 from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import Attribute, Block, Operation, SSAValue
 from xdsl.passes import ModulePass
 from xdsl.rewriter import Rewriter
 from xdsl.traits import is_side_effect_free
+
+from typebar.compiler import ir
+from typebar.compiler.aten import arguments, base_name, keywords, words
 
 _COPIES = words("alias clone contiguous detach lift_fresh_copy")
 _SAME_IF_TYPE_IS = words(

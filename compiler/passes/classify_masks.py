@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from xdsl.context import Context
+from xdsl.dialects.builtin import DYNAMIC_INDEX, ModuleOp, StringAttr, TensorType
+from xdsl.ir import SSAValue
+from xdsl.passes import ModulePass
+from xdsl.rewriter import Rewriter
+
 from typebar.compiler import ir
 from typebar.compiler.aten import (
     Evaluator,
@@ -13,17 +19,13 @@ from typebar.compiler.aten import (
     arguments,
     base_name,
     depends_on_tokens,
+    named,
     parameter,
     shape_of,
 )
 from typebar.compiler.passes.attention import MASKED
 from typebar.compiler.passes.canonicalise import erase_unused, merge_equal
 from typebar.compiler.problems import LoweringError, Problem, keep_name, node_name
-from xdsl.context import Context
-from xdsl.dialects.builtin import DYNAMIC_INDEX, ModuleOp, StringAttr, TensorType
-from xdsl.ir import SSAValue
-from xdsl.passes import ModulePass
-from xdsl.rewriter import Rewriter
 
 LONGEST = 16_384
 """The greatest context whose masks are checked pair by pair: a square of this many booleans is 256 MiB."""
@@ -118,19 +120,18 @@ class _Classifier:
 
     def _position_rows(self, op: ir.AtenOp) -> None:
         """A row of a table for each position becomes `tb.embedding` of `tb.positions`."""
-        name = parameter(op.inputs[0])
+        name, rows = parameter(op.inputs[0]), shape_of(op.inputs[0])
         type = op.outs[0].type
-        if name is None or not isinstance(type, TensorType) or DYNAMIC_INDEX not in type.get_shape():
+        if name is None or len(rows) != 2 or not isinstance(type, TensorType) or DYNAMIC_INDEX not in type.get_shape():
             return
-        if base_name(op) == "embedding":
+        if base_name(op) == "slice":
+            offset = self._start(op)
+        else:
             index = arguments(op)[1]
             if not isinstance(index, SSAValue) or depends_on_tokens(index, self.known):
                 return
             offset = self._offset(op, index)
-        else:
-            offset = self._start(op)
-        rows = shape_of(op.inputs[0])
-        if offset is None or len(rows) != 2:
+        if offset is None:
             return
         if offset + self.context > rows[0]:
             rule = f"table {name} has {rows[0]} rows, {self.context} positions from {offset} need more"

@@ -11,15 +11,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from typebar.compiler import ir
-from typebar.compiler.aten import arguments, base_name, keywords, words
-from typebar.compiler.passes.recognise import computed_values
-from typebar.compiler.problems import LoweringError, Problem, keep_name, node_name
 from xdsl.context import Context
 from xdsl.dialects.builtin import DYNAMIC_INDEX, IndexType, ModuleOp, TensorType
 from xdsl.ir import Block, BlockArgument, Operation, Region, SSAValue
 from xdsl.passes import ModulePass
 from xdsl.rewriter import Rewriter
+
+from typebar.compiler import ir
+from typebar.compiler.aten import arguments, base_name, keywords, words
+from typebar.compiler.passes.recognise import computed_values
+from typebar.compiler.problems import LoweringError, Problem, keep_name, node_name
 
 _VIEWS = words("view reshape _unsafe_view unsqueeze squeeze flatten unflatten expand contiguous")
 _PERMUTATIONS = words("permute transpose t")

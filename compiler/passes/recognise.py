@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from xdsl.context import Context
+from xdsl.dialects.builtin import DYNAMIC_INDEX, Float32Type, ModuleOp, TensorType
+from xdsl.ir import Block, Operation, SSAValue
+from xdsl.passes import ModulePass
+from xdsl.rewriter import Rewriter
+
 from typebar.compiler import ir
 from typebar.compiler.aten import arguments, base_name, depends_on_tokens, keywords, named, parameter, shape_of
 from typebar.compiler.passes.activations import recognise_activations
 from typebar.compiler.passes.attention import fused_attention, recognise_attention
 from typebar.compiler.passes.canonicalise import erase_unused
 from typebar.compiler.problems import keep_name
-from xdsl.context import Context
-from xdsl.dialects.builtin import DYNAMIC_INDEX, Float32Type, ModuleOp, TensorType
-from xdsl.ir import Block, Operation, SSAValue
-from xdsl.passes import ModulePass
-from xdsl.rewriter import Rewriter
 
 
 class Recognise(ModulePass):
@@ -60,7 +61,9 @@ def _takes_rows(op: ir.AtenOp) -> bool:
     """Whether the operation takes rows of a table: by index, or as many from one place on as there are tokens."""
     if base_name(op) == "embedding":
         return True
-    return base_name(op) == "slice" and parameter(op.inputs[0]) is not None and DYNAMIC_INDEX in shape_of(op.outs[0])
+    rows = shape_of(op.outs[0])
+    table = base_name(op) == "slice" and parameter(op.inputs[0]) is not None
+    return table and len(rows) == 2 and rows[0] == DYNAMIC_INDEX
 
 
 def _rewrite(op: ir.AtenOp) -> None:
