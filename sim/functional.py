@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
 from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import WORD_BYTES, Trap
 from typebar.isa.machine import Machine

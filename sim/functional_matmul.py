@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
 from typebar.isa.instructions import FORMAT_BYTES, Activation, Format, Function, Patch, Scale
 from typebar.isa.machine import LINE_BYTES, Machine
 from typebar.isa.program import Op
@@ -72,6 +73,8 @@ def _rows(
     vector: NDArray[np.float32], base: int, length: int, outer: int, inner: int, outer_step: int, inner_step: int
 ) -> NDArray[np.float32]:
     """Register words as a matrix [outer * inner, length]: a view for a single row, else a copy."""
+    if length == 0:
+        return np.empty((outer * inner, 0), np.float32)  # a base without words may lie anywhere
     if outer * inner == 1:
         return vector[base : base + length].reshape(1, length)
     shape, steps = (outer, inner, length), (outer_step, inner_step, 1)

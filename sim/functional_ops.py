@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+
 from typebar.isa.instructions import FORMAT_BYTES, Format, Function, Kind, Source, Trap
 from typebar.isa.machine import LINE_BYTES
 from typebar.isa.program import Op, Operand

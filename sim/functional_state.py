@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from typebar.isa.checks import Checker
 from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import (

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
+
 from typebar.isa.instructions import Region
 from typebar.isa.machine import Machine
 from typebar.isa.program import Op, Program, assemble, op
@@ -65,9 +66,10 @@ class Bench:
         self.before = self.registers.copy()
         self.memory_before = {region: data.copy() for region, data in self.memory.items()}
         self._simulator = simulator
-        result = simulator.run(max_instructions=10_000, on_store=on_store)
-        self.registers.view(np.uint32)[:] = simulator.vector_registers(0).view(np.uint32)
-        return result
+        try:
+            return simulator.run(max_instructions=10_000, on_store=on_store)
+        finally:
+            self.registers.view(np.uint32)[:] = simulator.vector_registers(0).view(np.uint32)
 
     def scalars(self) -> list[int]:
         """The scalar registers after the last run."""

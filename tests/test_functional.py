@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from typebar.isa import numerics as golden
 from typebar.isa.instructions import Activation, Format, Function, Patch, Region, Scale
 from typebar.isa.layout import element_offset, pack

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import (
     BY_NAME,

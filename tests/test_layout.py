@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from typebar.isa.errors import TypebarError
 from typebar.isa.layout import element_offset, pack, packed_bytes, packed_layout, unpack
 from typebar.isa.machine import Machine
