@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import typer
+
 from typebar.host import cli_doctor, cli_model, cli_tools
 from typebar.host.cli_errors import guarded
 

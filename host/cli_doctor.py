@@ -10,6 +10,7 @@ from importlib import metadata
 from typing import Annotated, Any
 
 import typer
+
 from typebar.host.cli_errors import FAILED
 from typebar.host.cli_output import print_facts, print_json, print_table
 from typebar.host.cli_tools import Json

@@ -15,8 +15,9 @@ import os
 import sys
 from collections.abc import Callable
 
-from typebar.isa.errors import TypebarError
 from typer.exceptions import Abort, TyperException
+
+from typebar.isa.errors import TypebarError
 
 FAILED, USAGE, DEFECT, INTERRUPTED = 1, 2, 70, 130
 DEBUG = "TYPEBAR_DEBUG"
@@ -44,8 +45,9 @@ def _describe(error: Exception) -> tuple[int, str]:
     if isinstance(error, Abort):
         return INTERRUPTED, "interrupted"
     if isinstance(error, TypebarError):
-        failed = any(base.__name__ == "DeviceError" for base in type(error).__mro__)
-        return FAILED if failed else USAGE, _one_line(str(error))
+        from typebar.host.device import DeviceError
+
+        return FAILED if isinstance(error, DeviceError) else USAGE, _one_line(str(error))
     if isinstance(error, OSError):
         place = f"{error.filename!r}: " if error.filename is not None else ""
         return FAILED, _one_line(f"{place}{error.strerror or error}")

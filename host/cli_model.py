@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
 from typebar.host.cli_output import note, print_facts, print_json, print_table, progress, settings
 from typebar.host.cli_tools import Json
 from typebar.isa.errors import TypebarError
@@ -44,14 +46,16 @@ def compile_(
 ) -> None:
     """Compile a model to an image for a ring of devices."""
     from typebar.host import api
+    from typebar.isa.image import Image
+    from typebar.isa.instructions import WORD_BYTES
+    from typebar.isa.program import encode
 
     start = time.perf_counter()
     with progress(f"compiling {model}", as_json) as update:
-        api.compile(model, output, machine=machine, devices=devices, weights=weights.value, progress=update)
-    from typebar.isa.image import Image
-
+        made = api.compile(model, output, machine=machine, devices=devices, weights=weights.value, progress=update)
+    manifest, accounting = made.manifest, made.manifest.accounting
     with Image.open(output, verify=False) as image:
-        manifest, instructions = image.manifest, len(image.program)
+        program = encode(image.program).tobytes()
     facts = {
         "image": str(output),
         "model": manifest.name,
@@ -59,21 +63,26 @@ def compile_(
         "devices": manifest.devices,
         "weights": manifest.weights_format,
         "image_bytes": output.stat().st_size,
-        "instructions": instructions,
-        "program_bytes": instructions * 64,
-        "weight_bytes": manifest.accounting["weight_bytes"],
-        "packed_weight_bytes": manifest.accounting["packed_weight_bytes"],
-        "wall_s": round(time.perf_counter() - start, 3),
+        "instructions": len(program) // WORD_BYTES,
+        "program_bytes": len(program),
+        "program_sha256": hashlib.sha256(program).hexdigest(),
+        "weight_bytes": accounting["weight_bytes"],
+        "packed_weight_bytes": accounting["packed_weight_bytes"],
+        "wall_s": time.perf_counter() - start,
     }
     if as_json:
         print_json(facts)
     else:
-        print_facts("Compiled", [(k.replace("_", " "), _grouped(v)) for k, v in facts.items()])
+        shown = {**facts, "wall_s": f"{facts['wall_s']:.1f}"}
+        print_facts("Compiled", [(key.replace("_", " "), _grouped(value)) for key, value in shown.items()])
 
 
 def run(
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="An image.")],
-    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
+    prompt_ids: Annotated[
+        str | None, typer.Option(metavar="ID,ID,...", help="The token ids to continue, instead of text.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
     device: Annotated[DeviceChoice, typer.Option(help="What runs it.")] = DeviceChoice.AUTO,
     do_sample: Annotated[bool, typer.Option("--do-sample", help="Sample; greedy otherwise.")] = False,
@@ -86,27 +95,45 @@ def run(
     """Generate text from a prompt."""
     from typebar.host import api
 
-    def stream(piece: str) -> None:
-        print(piece, end="", flush=True)
+    ids = None if prompt_ids is None else token_ids(prompt_ids)
+    shown = prompt
 
-    model = api.load(image, device=device.value)
-    result = model.generate(
-        prompt,
-        max_new_tokens=max_new_tokens,
-        do_sample=do_sample,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        streamer=None if as_json else stream,
-    )
+    def stream(piece: str) -> None:
+        nonlocal shown
+        print((shown or "") + piece, end="", flush=True)
+        shown = None
+
+    with api.load(image, device=device.value) as model:
+        result = model.generate(
+            prompt,
+            input_ids=ids,
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            streamer=None if as_json or not model.image.tokenizer else stream,
+        )
     if as_json:
         print_json(result.to_json())
         return
-    print()
-    for reason in result.reasons:
-        note(reason)
-    note(f"{len(result.tokens)} tokens on {result.device}, stopped by {result.finish_reason}")
+    print("" if result.text is not None else " ".join(map(str, result.tokens)))
+    for line in (*result.reasons, *result.flags):
+        note(line)
+    note(f"{len(result.tokens)} tokens on {result.device_name}, ended by {result.finish_reason}")
+
+
+def token_ids(text: str) -> list[int]:
+    """Token ids separated by commas.
+
+    Raises:
+        TypebarError: an item that is no integer.
+    """
+    try:
+        return [int(item) for item in text.split(",")] if text.strip() else []
+    except ValueError:
+        raise TypebarError(f"--prompt-ids {text!r} are no token ids: write integers separated by commas") from None
 
 
 def simulate(
@@ -163,11 +190,16 @@ def print_report(report: SimulationReport) -> None:
             ("HBM bytes/token", f"{decode['hbm_bytes_per_token']:,.0f}"),
             ("HBM utilisation", f"{decode['hbm_utilization']:.1%}"),
         ]
-    rows += [("total", f"{data['total_ms']:.3f} ms"), ("wall", f"{data['wall_s']:.2f} s")]
+    rows += [
+        ("total", f"{data['total_ms']:.3f} ms, of which host link {data['host_ms']:.3f} ms"),
+        ("wall", f"{data['wall_s']:.2f} s, {data['device_cycles_per_s'] / 1e6:.0f} M device-cycles/s"),
+    ]
     print_facts("Simulation", rows)
+    moved = [(key.removesuffix("_bytes").replace("_", " "), f"{value:,}") for key, value in data["hbm"].items()]
+    print_table("HBM bytes of the whole run, all devices", ("", "bytes"), moved, numbers=(1,))
     total = sum(data["breakdown"].values())
     shares = [(cause, f"{count:,}", f"{count / total:.1%}") for cause, count in data["breakdown"].items() if count]
-    print_table("Matrix unit of device 0, every cycle by cause", ("cause", "cycles", "share"), shares, numbers=(1, 2))
+    print_table("Cycles of device 0's matrix unit by cause", ("cause", "cycles", "share"), shares, numbers=(1, 2))
 
 
 def _grouped(value: object) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
 from typebar.isa.errors import TypebarError
 
 _PLAIN_WIDTH = 120
@@ -34,20 +35,26 @@ def print_table(
     title: str, header: Sequence[str], rows: Iterable[Sequence[object]], numbers: Sequence[int] = ()
 ) -> None:
     """A table on standard output; `numbers` are the columns aligned to the right."""
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for index, name in enumerate(header):
         table.add_column(name, justify="right" if index in numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*("" if cell is None else str(cell) for cell in row))
-    stdout().print(table)
+    _titled(title, table)
 
 
 def print_facts(title: str, rows: Iterable[tuple[str, object]]) -> None:
     """A table of names and values on standard output, without a header."""
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(show_header=False)
     for name, value in rows:
         table.add_row(name, str(value))
-    stdout().print(table)
+    _titled(title, table)
+
+
+def _titled(title: str, table: Table) -> None:
+    console = stdout()
+    console.print(f"{title}:", soft_wrap=True)
+    console.print(table)
 
 
 def note(text: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
+
 from typebar.host.cli_output import print_facts, print_json, print_table, read_text, write_file
 from typebar.isa.errors import TypebarError
 

@@ -23,8 +23,6 @@ ALLOWED: dict[str, set[str]] = {
 }
 OUTSIDE = ("tests", "benchmarks", "examples")
 """Folders of scripts and tests: any part of the package, and the development tools too."""
-IMPORT_NAMES = {"typing_extensions": "typing-extensions"}
-"""Import names that are not the distribution's name."""
 
 
 def sources(folder: str) -> list[Path]:
@@ -75,7 +73,7 @@ def test_only_declared_packages(folder: str) -> None:
     for path in sources(folder):
         for name in used(path):
             top = name.split(".")[0]
-            assert IMPORT_NAMES.get(top, top).lower() in known, f"{path.relative_to(ROOT)} imports undeclared {top}"
+            assert top.lower() in known, f"{path.relative_to(ROOT)} imports undeclared {top}"
 
 
 def test_a_forbidden_import_is_seen() -> None:
