@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from typebar.compiler.ir import ACTIVATIONS, LAYOUTS, TB, number, real, symbol, vector, width
 from xdsl.context import Context
 from xdsl.dialects.builtin import (
     ArrayAttr,
@@ -42,6 +41,8 @@ from xdsl.irdl import (
 )
 from xdsl.traits import IsTerminator, Pure
 from xdsl.utils.exceptions import VerifyException
+
+from typebar.compiler.ir import ACTIVATIONS, LAYOUTS, TB, number, real, symbol, vector, width
 
 _FORMAT = "`(` operands `)` attr-dict `:` functional-type(operands, results)"
 
@@ -124,7 +125,7 @@ class Segment:
 
 
 def _segments(attribute: ArrayAttr) -> list[Segment]:
-    return [Segment.parse(item) for item in attribute.data]
+    return [Segment.parse(item) for item in attribute.data if isinstance(item, DictionaryAttr)]
 
 
 class _Op(IRDLOperation):

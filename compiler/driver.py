@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from xdsl.passes import ModulePass
+
 from typebar.compiler import device_ir as dev
 from typebar.compiler.emit import emit
 from typebar.compiler.frontend import FrontendModel
@@ -24,7 +26,6 @@ from typebar.isa.image_writer import write_image
 from typebar.isa.instructions import Format
 from typebar.isa.machine import Machine
 from typebar.isa.program import Program, encode
-from xdsl.passes import ModulePass
 
 
 @dataclass(frozen=True)

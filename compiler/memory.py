@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
+from xdsl.dialects.builtin import ModuleOp
+from xdsl.ir import Block, Operation
+
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
 from typebar.isa.errors import TypebarError
@@ -17,8 +20,6 @@ from typebar.isa.image_plan import PAGE_BYTES, AddressMap, TensorPlan, plan_regi
 from typebar.isa.instructions import FORMAT_BYTES, Format, Region
 from typebar.isa.layout import packed_bytes
 from typebar.isa.machine import LINE_BYTES, Machine
-from xdsl.dialects.builtin import ModuleOp
-from xdsl.ir import Block, Operation
 
 
 class Weights(Protocol):
@@ -131,15 +132,15 @@ class _Planner:
             self.plan_matrix(op, layer)
         elif isinstance(op, dev.BiasOp):
             pieces = [_resolved(item, layer) for item in op.pieces]
-            meta = {"kind": "bias", "segments": [asdict(item) for item in pieces]}
+            meta: dict[str, Any] = {"kind": "bias", "segments": [asdict(item) for item in pieces]}
             words = sum(item.words for item in pieces)
             name = "+".join(dict.fromkeys(item.bias or item.weight for item in pieces))
             self.add(op, name, Region.LOCAL, words * 4, meta)
         elif isinstance(op, dev.ParamOp):
-            name = _layer_name(op.symbol_.string_value(), layer)
+            name = _layer_name(ir.text(op.symbol_), layer)
             self.add(op, name, Region.PARAMS, ir.width(op.out) * 4, {"kind": "vector", "symbol": name})
         elif isinstance(op, dev.LookupOp):
-            name = _layer_name(op.table.string_value(), layer)
+            name = _layer_name(ir.text(op.table), layer)
             rows, width = self.weights.shape(name)
             meta = {"kind": "table", "symbol": name, "rows": rows, "width": width, "row_bytes": self.row_bytes(width)}
             self.add(op, name, Region.PARAMS, rows * self.row_bytes(width), meta)

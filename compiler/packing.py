@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from typebar.compiler.device_ir import Segment
 from typebar.isa.errors import TypebarError
 from typebar.isa.image import Image
@@ -62,7 +63,8 @@ class Packer:
         if flags & NumericFlag.STORE_SATURATED:
             largest = float(np.abs(values).max())
             raise WeightError(
-                f"parameter {name!r} reaches {largest:g}, beyond {self.format.name.lower()}: compile with --weights bf16"
+                f"parameter {name!r} reaches {largest:g}, beyond {self.format.name.lower()}:"
+                " compile with --weights bf16"
             )
         return raw
 
@@ -118,11 +120,12 @@ def _row_places(meta: Mapping[str, Any]) -> NDArray[np.int64]:
     """The position in k of each source row."""
     index = np.arange(meta["rows"])
     unit, pad = meta["row_unit"], meta["row_pad"]
-    return index // unit * pad + index % unit
+    places: NDArray[np.int64] = index // unit * pad + index % unit
+    return places
 
 
 def unpack_weights(image: Image) -> Lookup:
-    """A look-up of source parameters (float32, in their source shapes) from an image alone, each unpacked when asked for.
+    """A look-up of source parameters (float32, in their source shapes) from an image alone, unpacked when asked for.
 
     The look-up raises TypebarError for a name that the image does not hold.
     """

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+
 from typebar.isa.errors import TypebarError
 from typebar.isa.image_manifest import (
     FORMAT_VERSION,
-    NUMERICS_VERSION,
     TEXTS,
     Manifest,
     SourceTensor,
@@ -287,7 +287,6 @@ def _check_places(manifest: Manifest, entries: dict[str, _Entry]) -> None:
 
 __all__ = [
     "FORMAT_VERSION",
-    "NUMERICS_VERSION",
     "AddressMap",
     "Image",
     "ImageError",

@@ -19,11 +19,10 @@ from typebar.isa.image_plan import (
     plan_regions,
 )
 from typebar.isa.instructions import HBM_REGIONS, ISA_VERSION, WORD_BYTES, Format, Region
-from typebar.isa.machine import LINE_BYTES, Machine, MachineError, _contract_keys, _flatten
+from typebar.isa.machine import LINE_BYTES, Machine, MachineError
+from typebar.isa.numerics import NUMERICS_VERSION
 
 FORMAT_VERSION = 1
-NUMERICS_VERSION = 1
-"""Version of the arithmetic (`docs/numerics.md`); an image computes the same bits only under the same one."""
 UNKNOWN_DIGEST = "0" * 64
 TEXTS = ("program", "graph", "tokenizer")
 """Tensors beside the regions, each with a SHA-256 in the manifest."""
@@ -224,9 +223,9 @@ def check_machine(manifest: Manifest, machine: Machine) -> None:
     """
     if machine.contract_hash() == manifest.contract_hash:
         return
-    wanted, given = _flatten(manifest.machine), _flatten(machine)
+    wanted, given = manifest.machine.contract_parameters(), machine.contract_parameters()
     differing = ", ".join(
-        f"{key} {wanted[key]} (not {given[key]})" for key in sorted(_contract_keys()) if wanted[key] != given[key]
+        f"{key} {wanted[key]} (not {given[key]})" for key in sorted(wanted) if wanted[key] != given[key]
     )
     raise ImageError(
         f"image is compiled for machine {manifest.machine.name!r}, not {machine.name!r}; it needs {differing}:"

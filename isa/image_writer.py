@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from typebar.isa.image_manifest import (
     FORMAT_VERSION,
-    NUMERICS_VERSION,
     TEXTS,
     UNKNOWN_DIGEST,
     Manifest,
@@ -44,6 +44,7 @@ from typebar.isa.image_plan import (
 )
 from typebar.isa.instructions import ISA_VERSION, WORD_BYTES
 from typebar.isa.machine import Machine, MachineError
+from typebar.isa.numerics import NUMERICS_VERSION
 from typebar.isa.program import ProgramError, decode
 
 HEADER_FORMAT = "typebar image"

@@ -275,9 +275,7 @@ def _binary(name: str, opcode: int, function: str, summary: str) -> Instruction:
     meaning = f"""for i in 0 .. n-1:
     y = V[b + i] (b_from = vector), V[b] (word), imm (immediate)
     V[dst + i] = {function}(V[a + i], y)"""
-    return Instruction(
-        name, opcode, Unit.VECTOR, (_B_FROM, _IMM, _VDST, _VA, _VB, _N), summary, meaning, _VECTOR_TRAPS
-    )
+    return Instruction(name, opcode, Unit.VECTOR, (_B_FROM, _IMM, _VDST, _VA, _VB, _N), summary, meaning, _VECTOR_TRAPS)
 
 
 def _reduce(name: str, opcode: int, function: str, summary: str) -> Instruction:
@@ -341,13 +339,25 @@ for o in 0 .. outer-1, i in 0 .. inner-1:          (row r = o * inner + i)
 
 INSTRUCTIONS: tuple[Instruction, ...] = (
     # System ---------------------------------------------------------------------------------------------
-    Instruction("halt", 0x01, Unit.SCALAR, (), "stop; every older instruction has finished", "wait for all units; status = done"),
     Instruction(
-        "trap", 0x02, Unit.SCALAR, (_op("code", "number reported to the host"),), "stop with an error", "trap SOFTWARE with code", (Trap.SOFTWARE,)
+        "halt", 0x01, Unit.SCALAR, (), "stop; every older instruction has finished", "wait for all units; status = done"
     ),
-    Instruction("fence", 0x03, Unit.SCALAR, (), "wait until every older instruction has finished", "wait for all units"),
+    Instruction(
+        "trap",
+        0x02,
+        Unit.SCALAR,
+        (_op("code", "number reported to the host"),),
+        "stop with an error",
+        "trap SOFTWARE with code",
+        (Trap.SOFTWARE,),
+    ),
+    Instruction(
+        "fence", 0x03, Unit.SCALAR, (), "wait until every older instruction has finished", "wait for all units"
+    ),
     # Scalar ---------------------------------------------------------------------------------------------
-    Instruction("sli", 0x10, Unit.SCALAR, (_RD, Field("value", Kind.INT32, "constant")), "load a constant", "R[rd] = value"),
+    Instruction(
+        "sli", 0x10, Unit.SCALAR, (_RD, Field("value", Kind.INT32, "constant")), "load a constant", "R[rd] = value"
+    ),
     _scalar("sadd", 0x11, "a + b (mod 2^32)", "add"),
     _scalar("ssub", 0x12, "a - b (mod 2^32)", "subtract"),
     _scalar("smul", 0x13, "a * b (mod 2^32)", "multiply, low half"),
@@ -357,14 +367,25 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
     _scalar("sshl", 0x17, "a << (b mod 32)", "shift left"),
     _scalar("sshr", 0x18, "a >> (b mod 32), arithmetic", "shift right"),
     Instruction(
-        "sfgt", 0x19, Unit.SCALAR, (_RD, _A, _B), "compare the bit patterns of two float32", "R[rd] = float32(a) > float32(b) ? 1 : 0   (false with NaN; subnormals are zeros)"
+        "sfgt",
+        0x19,
+        Unit.SCALAR,
+        (_RD, _A, _B),
+        "compare the bit patterns of two float32",
+        "R[rd] = float32(a) > float32(b) ? 1 : 0\n(false with NaN; subnormals are zeros)",
     ),
     _branch("beq", 0x20, "a == b", "branch if equal"),
     _branch("bne", 0x21, "a != b", "branch if not equal"),
     _branch("blt", 0x22, "a < b (signed)", "branch if less"),
     _branch("bge", 0x23, "a >= b (signed)", "branch if greater or equal"),
     Instruction(
-        "vread", 0x28, Unit.SCALAR, (_RD, _VA), "read a vector word's bits; waits for its writer", "R[rd] = bits(V[a])", (Trap.REGISTER_BOUNDS,)
+        "vread",
+        0x28,
+        Unit.SCALAR,
+        (_RD, _VA),
+        "read a vector word's bits; waits for its writer",
+        "R[rd] = bits(V[a])",
+        (Trap.REGISTER_BOUNDS,),
     ),
     # Vector ---------------------------------------------------------------------------------------------
     _binary("vadd", 0x30, "add", "add"),
@@ -381,7 +402,13 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
         _VECTOR_TRAPS,
     ),
     Instruction(
-        "vwrite", 0x35, Unit.VECTOR, (_VDST, _B), "write a scalar's bits to one word (any address)", "V[dst] = b", (Trap.REGISTER_BOUNDS,)
+        "vwrite",
+        0x35,
+        Unit.VECTOR,
+        (_VDST, _B),
+        "write a scalar's bits to one word (any address)",
+        "V[dst] = b",
+        (Trap.REGISTER_BOUNDS,),
     ),
     Instruction(
         "vunary",
@@ -401,7 +428,8 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
         Unit.VECTOR,
         (_VDST, _VA, _N, _op("base", "added to the index")),
         "largest element and its index",
-        "i = lowest index of the largest V[a + i], NaN as -inf with a flag (0 if n = 0)\nV[dst] = V[a + i] as compared (-inf if n = 0);  bits(V[dst + 1]) = base + i",
+        """i = lowest index of the largest V[a + i], NaN as -inf with a flag (0 if n = 0)
+V[dst] = V[a + i] as compared (-inf if n = 0);  bits(V[dst + 1]) = base + i""",
         _VECTOR_TRAPS,
     ),
     # Memory ---------------------------------------------------------------------------------------------
@@ -430,14 +458,28 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
             _op("inner_bytes", "bytes from one inner element to the next"),
         ),
         "registers to memory, strided, byte-enabled, rounded to the format (nearest even, saturating)",
-        "for o in 0 .. outer-1, i in 0 .. inner-1:\n    memory[region][64*line + byte + o*outer_bytes + i*inner_bytes] = round_to(format, V[a + o*inner + i])",
+        """for o in 0 .. outer-1, i in 0 .. inner-1:
+    address = 64*line + byte + o*outer_bytes + i*inner_bytes
+    memory[region][address] = round_to(format, V[a + o*inner + i])""",
         _VECTOR_TRAPS + _MEMORY_TRAPS,
     ),
     Instruction(
-        "sload", 0x52, Unit.MEMORY, (_REGION, _RD, _LINE, _BYTE), "32-bit word from DDR to a scalar register; issue waits", "R[rd] = memory[region][64*line + byte]", _MEMORY_TRAPS
+        "sload",
+        0x52,
+        Unit.MEMORY,
+        (_REGION, _RD, _LINE, _BYTE),
+        "32-bit word from DDR to a scalar register; issue waits",
+        "R[rd] = memory[region][64*line + byte]",
+        _MEMORY_TRAPS,
     ),
     Instruction(
-        "sstore", 0x53, Unit.MEMORY, (_REGION, _LINE, _BYTE, _op("value", "word stored")), "32-bit word to DDR", "memory[region][64*line + byte] = value", _MEMORY_TRAPS
+        "sstore",
+        0x53,
+        Unit.MEMORY,
+        (_REGION, _LINE, _BYTE, _op("value", "word stored")),
+        "32-bit word to DDR",
+        "memory[region][64*line + byte] = value",
+        _MEMORY_TRAPS,
     ),
     # Matrix ---------------------------------------------------------------------------------------------
     Instruction(
@@ -459,7 +501,7 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
         "for d in 0 .. devices-1, i in 0 .. n-1: V[dst + d*n + i] = device d's V[a + i]",
         (*_VECTOR_TRAPS, Trap.RING_MISMATCH),
     ),
-)  # fmt: skip
+)
 
 BY_NAME = {item.name: item for item in INSTRUCTIONS}
 BY_OPCODE = {item.opcode: item for item in INSTRUCTIONS}

@@ -1,4 +1,4 @@
-"""Machine descriptions: one TOML file becomes one frozen, validated dataclass that every other part is parameterised by.
+"""Machine descriptions: one TOML file becomes one frozen, validated dataclass that every other part takes.
 
 Units are in the field names or in the field's note: bytes, words (float32), cycles of the one clock, rows (one
 beat on every HBM channel at once).
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -36,9 +35,7 @@ class Matrix:
 
     lanes: int = _param("length of one dot product", 4, 128, contract=True, power=True)
     columns: int = _param("weight columns side by side", 1, 256, contract=True, power=True)
-    rows: int = _param(
-        "vectors side by side; folds into further columns for a single vector", 1, 16, power=True
-    )
+    rows: int = _param("vectors side by side; folds into further columns for a single vector", 1, 16, power=True)
     interleave: int = _param("column groups whose accumulators interleave", 1, 64, contract=True, power=True)
     fifo_port_bytes: int = _param("bytes a cycle from the FIFO into the unit", 16, 65536, power=True)
     dot_latency: int = _param("cycles from operands to a chunk sum", 1, 128)
@@ -87,9 +84,7 @@ class Ring:
     megabits_per_second: int = _param("payload rate of one link in one direction", 1, 10_000_000)
     hop_latency: int = _param("cycles from the last word sent to the last word received", 1, 100_000)
     setup_latency: int = _param("cycles from start to the first word on the link", 1, 100_000)
-    buffer_words: int = _param(
-        "largest block one device may send in one instruction", 16, 2**22, contract=True
-    )
+    buffer_words: int = _param("largest block one device may send in one instruction", 16, 2**22, contract=True)
 
 
 @dataclass(frozen=True)
@@ -122,10 +117,6 @@ class Machine:
 
     name: str
     description: str
-    clock_mhz: int = _param("the one clock", 1, 2000)
-    attention_block: int = _param(
-        "positions per attention block; part of the numerics", 4, 65536, contract=True
-    )
     matrix: Matrix
     vector: Vector
     hbm: Hbm
@@ -133,6 +124,8 @@ class Machine:
     ring: Ring
     control: Control
     host: HostLink
+    clock_mhz: int = _param("the one clock", 1, 2000)
+    attention_block: int = _param("positions per attention block; part of the numerics", 4, 65536, contract=True)
 
     # Derived sizes -------------------------------------------------------------------------------------
     @property
@@ -170,7 +163,7 @@ class Machine:
         return max(1, self.row_bytes // (self.matrix.lanes * element_bytes))
 
     def fold(self, vectors: int, element_bytes: int) -> int:
-        """Column groups consumed in one step: rows fold into columns for a single vector, as the FIFO port feeds them."""
+        """Column groups taken in one step: for a single vector rows fold into columns, if the FIFO port feeds them."""
         if vectors > 1:
             return 1
         fed = self.matrix.fifo_port_bytes // (self.matrix.columns * self.matrix.lanes * element_bytes)
@@ -181,9 +174,18 @@ class Machine:
         """The machine as plain nested data, the shape of its TOML file."""
         return asdict(self)
 
+    def parameters(self) -> dict[str, Any]:
+        """Every parameter by its dotted name, such as `matrix.lanes`."""
+        return _flatten(self)
+
+    def contract_parameters(self) -> dict[str, Any]:
+        """The parameters an image depends on, by dotted name."""
+        keys = _contract_keys()
+        return {key: value for key, value in _flatten(self).items() if key in keys}
+
     def contract_hash(self) -> str:
         """SHA-256 over the parameters an image depends on; loading requires it to match."""
-        return _digest({k: v for k, v in _flatten(self).items() if k in _contract_keys()})
+        return _digest(self.contract_parameters())
 
     def timing_hash(self) -> str:
         """SHA-256 over the parameters that only move time."""
@@ -208,19 +210,13 @@ class Machine:
         path = Path(source)
         if path.suffix == ".toml":
             if not path.is_file():
-                raise MachineError(
-                    f"machine file {str(source)!r} does not exist: give a shipped name or a .toml file"
-                )
+                raise MachineError(f"machine file {str(source)!r} does not exist: give a shipped name or a .toml file")
             text = path.read_text(encoding="utf-8")
         else:
             if str(source) not in shipped_machines():
                 known = ", ".join(shipped_machines())
-                raise MachineError(
-                    f"unknown machine {str(source)!r}: choose one of {known}, or give a .toml file"
-                )
-            text = (resources.files("typebar.isa") / "machines" / f"{source}.toml").read_text(
-                encoding="utf-8"
-            )
+                raise MachineError(f"unknown machine {str(source)!r}: choose one of {known}, or give a .toml file")
+            text = (resources.files("typebar.isa") / "machines" / f"{source}.toml").read_text(encoding="utf-8")
         try:
             data = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
@@ -237,9 +233,7 @@ class Machine:
         flat = _flatten(self)
         for key, text in settings.items():
             if key not in flat or key in ("name", "description"):
-                raise MachineError(
-                    f"unknown machine parameter {key!r}: `typebar machines --json` lists them all"
-                )
+                raise MachineError(f"unknown machine parameter {key!r}: `typebar machines --json` lists them all")
             value = _parse(key, text, type(flat[key]))
             section, _, leaf = key.rpartition(".")
             if section:
@@ -253,9 +247,7 @@ class Machine:
 def shipped_machines() -> list[str]:
     """Names of the machines that come with the package, sorted."""
     folder = resources.files("typebar.isa") / "machines"
-    return sorted(
-        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
-    )
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
 def _digest(data: Mapping[str, Any]) -> str:
@@ -307,15 +299,11 @@ def _parse(key: str, text: str, kind: type) -> Any:
 
 def _build(cls: Any, data: Any, origin: str, prefix: str) -> Any:
     if not isinstance(data, Mapping):
-        raise MachineError(
-            f"{origin}: {prefix.rstrip('.') or 'machine'} must be a table of parameters, not {data!r}"
-        )
+        raise MachineError(f"{origin}: {prefix.rstrip('.') or 'machine'} must be a table of parameters, not {data!r}")
     names = {item.name for item in fields(cls)}
     for key in data:
         if key not in names:
-            raise MachineError(
-                f"{origin}: unknown machine parameter {prefix}{key}: remove it or correct its name"
-            )
+            raise MachineError(f"{origin}: unknown machine parameter {prefix}{key}: remove it or correct its name")
     values: dict[str, Any] = {}
     for item in fields(cls):
         key = prefix + item.name
@@ -348,7 +336,8 @@ def _check_rules(machine: Machine, origin: str) -> None:
     matrix, vector, row = machine.matrix, machine.vector, machine.row_bytes
     tile_bytes = matrix.columns * matrix.lanes
     rules: list[tuple[bool, str]] = [
-        (row >= LINE_BYTES, f"hbm.channels x hbm.channel_bytes = {row} must be at least one line of {LINE_BYTES} bytes"),
+        (row >= LINE_BYTES, f"hbm.channels x hbm.channel_bytes = {row}"
+         f" must be at least one line of {LINE_BYTES} bytes"),
         (machine.attention_block % machine.column_block == 0,
          f"attention_block = {machine.attention_block} must be a multiple of the column block {machine.column_block}"
          " (matrix.interleave x matrix.columns)"),
@@ -368,7 +357,6 @@ def _check_rules(machine: Machine, origin: str) -> None:
          f"attention_block = {machine.attention_block} must fit half the register file, {vector.words // 2} words"),
         (machine.control.program_bytes % LINE_BYTES == 0,
          f"control.program_bytes = {machine.control.program_bytes} must be a multiple of {LINE_BYTES}"),
-        (math.log2(machine.ring.buffer_words) <= 22, "ring.buffer_words too large"),
     ]  # fmt: skip
     for holds, message in rules:
         if not holds:

@@ -1,7 +1,7 @@
 """Programs: encoding to words and back, assembling text and back.
 
-Text is one instruction a line, `name field=value ...`; fields left out are zero. Operands are written `r5`, `-3`, `r5+12`
-or `r5-12`; branch targets are labels (`name:` on a line of its own) or plain indices; `;` starts a comment.
+Text is one instruction a line, `name field=value ...`; fields left out are zero. Operands are written `r5`, `-3`,
+`r5+12` or `r5-12`; branch targets are labels (`name:` on a line of its own) or plain indices; `;` starts a comment.
 """
 
 from __future__ import annotations
@@ -64,9 +64,7 @@ class Op:
         known = {item.name: item for item in self.kind.fields}
         for name, value in self.values.items():
             if name not in known:
-                raise ProgramError(
-                    f"{self.kind.name} has no field {name!r}: it has {', '.join(known) or 'none'}"
-                )
+                raise ProgramError(f"{self.kind.name} has no field {name!r}: it has {', '.join(known) or 'none'}")
             _check(self.kind, known[name], value)
 
     def get(self, name: str) -> Value:
@@ -218,7 +216,9 @@ def tables(program: Program) -> DecodedTables:
     for index, op in enumerate(program.ops):
         opcode[index] = op.kind.opcode
         for slot, item in enumerate(op.kind.modifiers):
-            modifiers[index, slot] = op.get(item.name)
+            number = op.get(item.name)
+            assert isinstance(number, int)
+            modifiers[index, slot] = number
         for slot, item in enumerate(op.kind.operands):
             value = op.get(item.name)
             assert isinstance(value, Operand)
@@ -270,11 +270,9 @@ def disassemble(program: Program) -> str:
     for index, name in names.items():
         if name not in by_index.get(index, []):
             by_index.setdefault(index, []).append(name)
-    lines = []
-    for index, op in enumerate([*program.ops, None]):
+    lines: list[str] = []
+    for index, op in enumerate(program.ops):
         lines.extend(f"{name}:" for name in by_index.get(index, []))
-        if op is None:
-            break
         parts = [op.kind.name]
         for item in op.kind.fields:
             value = op.get(item.name)
@@ -284,6 +282,7 @@ def disassemble(program: Program) -> str:
         if index in program.comments:
             text += f"    ; {program.comments[index]}"
         lines.append(text)
+    lines.extend(f"{name}:" for name in by_index.get(len(program.ops), []))
     return "\n".join(lines) + "\n"
 
 
@@ -330,7 +329,8 @@ def _parse_op(number: int, kind: Instruction, fields: Iterable[str], labels: Map
         name, equals, value = part.partition("=")
         if not equals or name not in known:
             raise ProgramError(
-                f"line {number}: {kind.name} has no field {part!r}: write field=value with {', '.join(known) or 'no fields'}"
+                f"line {number}: {kind.name} has no field {part!r}: "
+                f"write field=value with {', '.join(known) or 'no fields'}"
             )
         if name in values:
             raise ProgramError(f"line {number}: {kind.name} gives {name} twice")
@@ -340,6 +340,8 @@ def _parse_op(number: int, kind: Instruction, fields: Iterable[str], labels: Map
             raise ProgramError(
                 f"line {number}: {kind.name}: {name} = {value!r} is no {known[name].kind.value}"
             ) from None
+        except ProgramError as error:
+            raise ProgramError(f"line {number}: {error}") from None
     try:
         return Op(kind, values)
     except ProgramError as error:

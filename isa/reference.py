@@ -21,7 +21,7 @@ from typing import get_type_hints
 
 from typebar.isa import checks, image_plan, image_writer, layout, program
 from typebar.isa.checks import Checker
-from typebar.isa.image import FORMAT_VERSION, NUMERICS_VERSION
+from typebar.isa.image import FORMAT_VERSION
 from typebar.isa.instructions import (
     COUNT_REGISTER,
     DEVICE_REGISTER,
@@ -51,7 +51,7 @@ from typebar.isa.instructions import (
     Unit,
 )
 from typebar.isa.machine import LINE_BYTES, Machine
-from typebar.isa.numerics import NumericFlag, formats, vector
+from typebar.isa.numerics import NUMERICS_VERSION, NumericFlag, formats, vector
 from typebar.isa.program import Operand, encode_op, op
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "isa.md"

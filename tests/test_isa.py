@@ -3,7 +3,6 @@
 import re
 import struct
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -220,11 +219,6 @@ def test_text_forms() -> None:
     assert program.ops[4] == op("beq", to=1)
 
 
-def _no_line(text: str, message: str) -> Any:
-    reason = "the assembler leaves the line number out of errors about values"
-    return pytest.param(text, message, marks=pytest.mark.xfail(reason=reason, strict=True))
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -241,11 +235,11 @@ def _no_line(text: str, message: str) -> Any:
         ("sli rd=r1 value=2147483648", "line 1: sli: value = 2147483648 is outside -2147483648 to 2147483647"),
         ("sli rd=r1 value=ten", "line 1: sli: value = 'ten' is no int32"),
         ("vmov imm=one", "line 1: vmov: imm = 'one' is no float32"),
-        _no_line("vmov b_from=file", "line 1: vmov: b_from = file is none of vector, word, immediate"),
-        _no_line("load format=fp64", "line 1: load: format = fp64 is none of fp16, bf16, int8, fp32"),
-        _no_line("load region=hbm", "line 1: load: region = hbm is none of weights, kv, params, local, io"),
+        ("vmov b_from=file", "line 1: vmov: b_from = file is none of vector, word, immediate"),
+        ("load format=fp64", "line 1: load: format = fp64 is none of fp16, bf16, int8, fp32"),
+        ("load region=hbm", "line 1: load: region = hbm is none of weights, kv, params, local, io"),
         ("matmul full=2", "line 1: matmul: full = 2 is outside 0 to 1"),
-        _no_line("beq to=nowhere", "line 1: beq: label 'nowhere' is not defined"),
+        ("beq to=nowhere", "line 1: beq: label 'nowhere' is not defined"),
         ("beq to=1048576", "line 1: beq: to = 1048576 is outside 0 to 1048575"),
         ("a:\na:", "line 2: label 'a' is defined twice"),
         ("3x:", "line 1: '3x' is no label: use letters, digits, '_' and '.'"),

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from xdsl.dialects.builtin import ModuleOp
+from xdsl.ir import Block, Operation
+
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
 from typebar.compiler.emit.attention import emit_attention
@@ -29,8 +32,6 @@ from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import WORD_BYTES, Format, Region
 from typebar.isa.machine import Machine
 from typebar.isa.program import Program
-from xdsl.dialects.builtin import ModuleOp
-from xdsl.ir import Block, Operation
 
 _EMITTERS: dict[type[Operation], Callable[[Emission, Any], None]] = {
     dev.ActivationOp: emit_activation,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from xdsl.ir import Block, Operation, SSAValue
+
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
 from typebar.compiler.emit.builder import Builder, R, reg
@@ -12,7 +14,6 @@ from typebar.compiler.scratch import Limits, scratch_of
 from typebar.isa.instructions import Activation, Format, Function, Region, Source
 from typebar.isa.machine import LINE_BYTES, Machine
 from typebar.isa.program import float_bits
-from xdsl.ir import Block, Operation, SSAValue
 
 REGION_REGISTER = {Region.WEIGHTS: R.WEIGHTS, Region.PARAMS: R.PARAMS, Region.LOCAL: R.LOCAL, Region.KV: R.KV}
 
@@ -31,9 +32,7 @@ class Emission:
 
     def address(self, value: SSAValue) -> int:
         """Word address of a value."""
-        owner = value.owner
-        if isinstance(owner, Block):
-            owner = owner.parent_op()
+        owner = value.owner.parent_op() if isinstance(value.owner, Block) else value.owner
         if isinstance(owner, ir.RepeatOp):
             return int(owner.attributes["at"].value.data)  # type: ignore[attr-defined]
         return int(owner.address)  # type: ignore[union-attr]
@@ -51,9 +50,7 @@ class Emission:
 def emit_lookup(e: Emission, op: dev.LookupOp) -> None:
     """Embedding row of the token or of the position."""
     place = e.memory.places[op]
-    plan = next(
-        p for p in e.memory.plans if p.region is Region.PARAMS and p.meta.get("symbol") == op.table.string_value()
-    )
+    plan = next(p for p in e.memory.plans if p.region is Region.PARAMS and p.meta.get("symbol") == ir.text(op.table))
     row_lines = plan.meta["row_bytes"] // LINE_BYTES
     arguments = list(e.program.body.block.args)
     index = R.TOKEN if op.index is arguments[0] else R.POSITION

@@ -7,16 +7,18 @@ dead by then, so the loop needs no copy.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from xdsl.context import Context
+from xdsl.dialects.builtin import ModuleOp
+from xdsl.ir import Block, Operation, SSAValue
+from xdsl.passes import ModulePass
 
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
 from typebar.compiler.scratch import Limits, scratch_of
 from typebar.isa.errors import TypebarError
-from xdsl.context import Context
-from xdsl.dialects.builtin import ModuleOp
-from xdsl.ir import Block, Operation, SSAValue
-from xdsl.passes import ModulePass
 
 
 class AllocationError(TypebarError):
@@ -92,10 +94,9 @@ def _collect(program: dev.ProgramOp, limits: Limits, chunk: int) -> list[_Slot]:
     result: list[_Slot] = []
 
     def slot(value: SSAValue, start: int) -> _Slot:
-        made = _Slot(limits.round(ir.width(value)), start, start, [value])
-        slots[value] = made
-        result.append(made)
-        return made
+        slots[value] = _Slot(limits.round(ir.width(value)), start, start, [value])
+        result.append(slots[value])
+        return slots[value]
 
     def use(value: SSAValue, at: int) -> None:
         if value in slots:
@@ -146,10 +147,9 @@ def _loop_slots(
     loop: ir.RepeatOp,
     order: dict[Operation, tuple[int, int]],
     slots: dict[SSAValue, _Slot],
-    slot: object,
+    slot: Callable[[SSAValue, int], _Slot],
 ) -> None:
     """One slot for a loop's argument and result, and for its first and yielded values where they can share it."""
-    assert callable(slot)
     body = loop.body.block
     terminator = body.last_op
     assert isinstance(terminator, ir.YieldOp)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from typebar.compiler import device_ir as dev
-from typebar.compiler import ir
 from xdsl.context import Context
 from xdsl.dialects.builtin import ModuleOp
-from xdsl.ir import Block, SSAValue
+from xdsl.ir import Block, Operation, SSAValue
 from xdsl.passes import ModulePass
 from xdsl.rewriter import Rewriter
+
+from typebar.compiler import device_ir as dev
+from typebar.compiler import ir
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,25 @@ def _fuse_epilogue(matrix: dev.MatrixOp) -> None:
     if isinstance(user, dev.AddOp) and matrix.bias is None and user.lhs is matrix.out:
         bias = user.rhs.owner
         if isinstance(bias, dev.BiasOp):
-            bias.detach()
-            block = matrix.parent_block()
-            assert block is not None
-            block.insert_op_before(bias, matrix)
+            _move_before(bias, matrix)
             matrix = _rebuilt(matrix, bias.out, None, user)
             user = _only_user(matrix.out)
     if isinstance(user, dev.ActivationOp):
         _rebuilt(matrix, matrix.bias, user.kind.data, user)
 
 
+def _move_before(op: Operation, place: Operation) -> None:
+    block = place.parent_block()
+    assert block is not None
+    op.detach()  # type: ignore[no-untyped-call]
+    block.insert_op_before(op, place)
+
+
 def _rebuilt(
     matrix: dev.MatrixOp, bias: SSAValue | None, activation: str | None, user: dev.AddOp | dev.ActivationOp
 ) -> dev.MatrixOp:
-    numbers = [int(a.value.data) for a in (matrix.k, matrix.row_unit, matrix.row_pad)]
-    made = dev.MatrixOp(matrix.x, matrix.pieces, *numbers, bias, activation)
+    k, unit, pad = (int(a.value.data) for a in (matrix.k, matrix.row_unit, matrix.row_pad))
+    made = dev.MatrixOp(matrix.x, matrix.pieces, k, unit, pad, bias, activation)
     made.attributes.update(matrix.attributes)
     made.out.name_hint = user.out.name_hint or matrix.out.name_hint
     block = matrix.parent_block()
@@ -79,5 +84,4 @@ def _place_loads(block: Block, hoist: bool) -> None:
             first = next(op for op in block.ops if op in users)
         assert first is not None
         if first is not load:
-            load.detach()
-            block.insert_op_before(load, first)
+            _move_before(load, first)

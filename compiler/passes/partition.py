@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from typebar.compiler import device_ir as dev
-from typebar.compiler import ir
-from typebar.compiler.problems import LoweringError, Problem, keep_name, node_name
 from xdsl.context import Context
 from xdsl.dialects.builtin import IndexType, ModuleOp
 from xdsl.ir import Block, Operation, Region, SSAValue
 from xdsl.passes import ModulePass
 from xdsl.rewriter import Rewriter
+
+from typebar.compiler import device_ir as dev
+from typebar.compiler import ir
+from typebar.compiler.problems import LoweringError, Problem, keep_name, node_name
 
 
 @dataclass(frozen=True)
@@ -140,14 +141,15 @@ class _Partitioner:
         return share
 
     def segment(self, op: ir.LinearOp, start: int, size: int, unit: int, pad: int) -> dev.Segment:
-        per_device = -(-(-(-size // unit)) // self.devices)
-        bias = None if op.bias is None else op.bias.string_value()
-        return dev.Segment(op.weight.string_value(), op.layout.data, bias, start, size, unit, pad, per_device)
+        units = -(-size // unit)
+        per_device = -(-units // self.devices)
+        bias = None if op.bias is None else ir.text(op.bias)
+        return dev.Segment(ir.text(op.weight), op.layout.data, bias, start, size, unit, pad, per_device)
 
     # Operations -----------------------------------------------------------------------------------------
     def on_embedding(self, op: ir.EmbeddingOp) -> None:
         size = ir.width(op.out)
-        made = dev.LookupOp(self.indices[op.index], op.weight.string_value(), op.offset.value.data, size)
+        made = dev.LookupOp(self.indices[op.index], ir.text(op.weight), op.offset.value.data, size)
         self.keep(made, op, (size, 1, 1, False))
 
     def on_add(self, op: ir.AddOp) -> None:
@@ -186,14 +188,14 @@ class _Partitioner:
 
     def on_layer_norm(self, op: ir.LayerNormOp) -> None:
         source = self.dense(op.x, op)
-        weight = self.param(op.weight.string_value(), source.size)
-        bias = None if op.bias is None else self.param(op.bias.string_value(), source.size)
+        weight = self.param(ir.text(op.weight), source.size)
+        bias = None if op.bias is None else self.param(ir.text(op.bias), source.size)
         made = dev.LayerNormOp(source.value, weight, bias, op.eps.value.data, source.size)
         self.keep(made, op, (source.size, 1, 1, False))
 
     def on_rms_norm(self, op: ir.RmsNormOp) -> None:
         source = self.dense(op.x, op)
-        weight = self.param(op.weight.string_value(), source.size)
+        weight = self.param(ir.text(op.weight), source.size)
         self.keep(dev.RmsNormOp(source.value, weight, op.eps.value.data, source.size), op, (source.size, 1, 1, False))
 
     def product(self, x: SSAValue, segments: list[dev.Segment], op: Operation) -> SSAValue:
@@ -276,9 +278,9 @@ class _Partitioner:
         self.block = outer
         made = ir.RepeatOp(inits, op.count.value.data, op.start.value.data, Region(inner))
         outer.add_op(made)
-        for old, new in zip(op.outs, made.outs, strict=True):
-            new.name_hint = old.name_hint
-            self.shares[old] = _Share(new, ir.width(old), 1, 1, False)
+        for outer_value, result in zip(op.outs, made.outs, strict=True):
+            result.name_hint = outer_value.name_hint
+            self.shares[outer_value] = _Share(result, ir.width(outer_value), 1, 1, False)
 
     def yielded(self, value: SSAValue, op: Operation) -> SSAValue:
         share = self.dense(value, op)

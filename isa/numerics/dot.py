@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
 from typebar.isa.errors import TypebarError
 from typebar.isa.numerics.formats import (
     CANONICAL_NAN,

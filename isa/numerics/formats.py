@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import Format
 

@@ -31,6 +31,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
+
 from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import Function
 from typebar.isa.numerics.formats import (

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from typebar.isa.instructions import Function
 from typebar.isa.numerics.formats import MIN_NORMAL, F32Array, from_bits
 from typebar.isa.numerics.unary import unary

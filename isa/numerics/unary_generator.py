@@ -1,7 +1,8 @@
 """Generate the unary functions' coefficient ROM: `python -m typebar.isa.numerics.unary_generator` rewrites it.
 
 Coefficients interpolate a curve at the four Chebyshev nodes of the segment, within a few per cent of the best
-cubic, and are rounded to integers; k is the largest scale at which all of them fit their fields.
+cubic, and are rounded to integers; k is the largest scale at which all of them fit their fields and Horner's
+sums fit theirs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.polynomial import chebyshev
 from numpy.typing import NDArray
-from typebar.isa.numerics.unary_rom import FIELDS, FRACTION_BITS, REGIONS, ROM_WORDS, Curve, pack_word
+
+from typebar.isa.numerics.unary_rom import FIELDS, FRACTION_BITS, REGIONS, ROM_WORDS, SUM_BITS, Curve, pack_word
 
 CURVES: dict[Curve, Callable[[float], float]] = {
     Curve.EXP2: lambda f: 2**f / 2,
@@ -38,7 +40,9 @@ def fit_segment(curve: Curve, segment: int) -> tuple[int, ...]:
     power = chebyshev.cheb2poly(chebyshev.chebfit(nodes, sample(nodes), 3)).tolist()
     for k in reversed(range(1 << FIELDS[-1].bits)):
         values = (*(round(math.ldexp(c, FRACTION_BITS + k)) for c in power), k)
-        if all(field.fits(value) for field, value in zip(FIELDS, values, strict=True)):
+        # Horner's sums grow up to the sum of the coefficients' magnitudes; two are for rounding.
+        sums_fit = sum(map(abs, values[1:4])) + 2 < 1 << (SUM_BITS - 1)
+        if sums_fit and all(field.fits(value) for field, value in zip(FIELDS, values, strict=True)):
             return values
     raise ValueError(f"segment {segment} of {curve.name} does not fit a ROM word at any scale")
 

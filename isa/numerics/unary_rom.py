@@ -25,6 +25,8 @@ ROM_WORDS = 1024
 WORD_BITS = 108
 OFFSET_BITS = 18
 """Bits of the offset within a segment: a signed factor as wide as a DSP slice's narrow port."""
+SUM_BITS = 27
+"""Bits of Horner's signed partial sums: a DSP slice's wide port."""
 FRACTION_BITS = 29
 """A curve's value is the polynomial times 2^-(this + k)."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
 from typebar.isa.numerics.formats import (
     MIN_NORMAL,
     SIGN,
