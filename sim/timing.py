@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
+
 from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import TRAP_TEXT, Trap
 from typebar.isa.machine import Machine

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from numba import njit
+
 from typebar.isa import timing
 from typebar.isa.instructions import BY_NAME
 from typebar.isa.timing import OP, SLOAD, TimingParameters

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+
 from typebar.isa import timing
 from typebar.isa.instructions import MAX_OPERANDS, SCALAR_REGISTERS, Region, Trap, Unit
 from typebar.isa.timing import Cause, TimingParameters

@@ -1,0 +1,378 @@
+"""The timing contract, rule by rule, on hand-written programs; every expected cycle is worked out by hand.
+
+`tiny`: 8 lanes x 4 columns x 2 rows, 64-byte rows, HBM latency 20, write slots at cycles 7, 15, 23 ..., 128 FIFO rows,
+matmul latency 6 + 4 + 16 = 26, 256-word segments; vector 8 lanes, add and multiply 4, unary 8; DDR 2 cycles a line,
+latency 20; ring 2 words a cycle, hop 20, setup 4; queue 8, branch 3, read 4.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from typebar.isa.errors import TypebarError
+from typebar.isa.machine import Machine
+from typebar.isa.program import assemble
+from typebar.sim.timing import StoreRecord, TimingResult, run_timing
+from typebar.sim.trace import write_perfetto
+
+TINY = Machine.load("tiny")
+MATMUL = "matmul format=fp16 region=weights outer=1 inner=1 k=8"
+
+
+def run(text: str, devices: int = 1, io: list[int] | None = None, **settings: object) -> TimingResult:
+    machine = TINY.override({key.replace("__", "."): str(value).lower() for key, value in settings.items()})
+    words = np.array([io or []] * devices, np.int32)
+    return run_timing(assemble(text), machine, devices, words, trace=True)
+
+
+def slices(result: TimingResult, unit: int, device: int = 0) -> list[tuple[int, int]]:
+    trace = result.trace
+    assert trace is not None
+    keep = (trace.unit == unit) & (trace.device == device)
+    return [(int(a), int(b)) for a, b in zip(trace.start[keep], trace.end[keep], strict=True)]
+
+
+MATRIX, VECTOR, MEMORY, RING, FETCH = 1, 2, 3, 4, 5
+
+
+@pytest.mark.parametrize(
+    ("body", "total"),
+    [
+        ("", 1),
+        ("vadd dst=0 a=256 b=512 n=8", 7),  # issue 0, start 1, done 1 + 1 + 4, halt at 6
+        ("vadd dst=0 a=256 b=512 n=20", 9),  # three beats
+        ("vadd dst=0 a=256 b=512 n=0", 7),  # at least one
+        ("vmov b_from=immediate dst=0 n=8", 7),
+        ("vwrite dst=0 b=1", 7),
+        ("vunary function=exp dst=0 a=256 n=8", 11),
+        ("vsum dst=0 a=256 n=8", 15),  # three levels of 4 inside a beat
+        ("vrmax dst=0 a=256 n=17", 25),  # and two over 3 beats: 1 + 3 + 5 * 4
+        ("vargmax dst=0 a=256 n=64", 34),  # 1 + 8 + 6 * 4
+        ("vsumsq dst=0 a=256 n=8", 19),  # and a multiply
+        ("sload region=io rd=r3 line=0", 24),  # start 1, two cycles, latency 20; issue waits for 23
+        ("fence", 2),
+    ],
+)
+def test_one_instruction(body: str, total: int) -> None:
+    assert run(f"{body}\nhalt").total_cycles == total
+
+
+def test_multiply_and_add_have_their_own_latency() -> None:
+    assert run("vmul dst=0 a=256 b=512 n=8\nhalt", vector__multiply_latency=9).total_cycles == 12
+    assert run("vmax dst=0 a=256 b=512 n=8\nhalt", vector__add_latency=9).total_cycles == 12
+
+
+@pytest.mark.parametrize(
+    ("second", "start"),
+    [
+        ("vadd dst=1024 a=768 b=768 n=8", 2),  # independent: the cycle after issue
+        ("vadd dst=1024 a=0 b=768 n=8", 6),  # read after write: done of the first
+        ("vadd dst=1024 a=128 b=768 n=8", 6),  # another word of its segment
+        ("vadd b_from=word dst=1024 a=768 b=255 n=8", 6),  # one word is an operand too
+        ("vadd b_from=immediate dst=1024 a=768 b=0 n=8", 2),  # an unused field is none
+        ("vadd dst=0 a=768 b=768 n=8", 6),  # write after write
+        ("vadd dst=256 a=768 b=768 n=8", 2),  # write after read in the same unit
+    ],
+)
+def test_hazards_within_a_unit(second: str, start: int) -> None:
+    result = run(f"vadd dst=0 a=256 b=512 n=8\n{second}\nhalt")
+    assert slices(result, VECTOR) == [(1, 2), (start, start + 1)]
+
+
+def test_write_after_read_across_units_waits_for_the_reader() -> None:
+    result = run("store format=fp32 region=io a=0 outer=1 inner=8 inner_bytes=4\nvadd dst=0 a=256 b=256 n=8\nhalt")
+    assert slices(result, MEMORY) == [(1, 3)]
+    assert slices(result, VECTOR) == [(23, 24)]  # 1 + 2 + 20
+    assert result.causes[0]["vector"] == {"memory": 23, "compute": 1, "drain": 5}
+    assert result.total_cycles == 29
+
+
+def test_vector_read_waits_for_the_writer_and_takes_its_latency() -> None:
+    result = run("vadd dst=0 a=256 b=256 n=8\nvread rd=r3 a=5\nhalt")
+    assert result.total_cycles == 11  # writer done at 6, next issue at 10
+    assert result.causes[0]["issue"] == {"issue": 3, "vector": 5, "read": 3}
+
+
+def test_taken_branches_cost_branch_cycles() -> None:
+    result = run("sli rd=r3 value=2\nloop:\nssub rd=r3 a=r3 b=1\nbne to=loop a=r3 b=0\nhalt")
+    assert result.total_cycles == 8
+    assert result.causes[0]["issue"] == {"issue": 6, "branch": 2}
+
+
+@pytest.mark.parametrize(
+    ("test", "taken"),
+    [
+        ("sadd rd=r3 a=r4 b=r5", -2),
+        ("ssub rd=r3 a=r4 b=r5", -12),
+        ("smul rd=r3 a=r4 b=r5", -35),
+        ("smul rd=r3 a=r6 b=r6", 0),  # modulo 2^32
+        ("smin rd=r3 a=r4 b=r5", -7),
+        ("smax rd=r3 a=r4 b=r5", 5),
+        ("sand rd=r3 a=r4 b=r5", 1),
+        ("sshl rd=r3 a=r4 b=34", -28),
+        ("sshr rd=r3 a=r4 b=1", -4),
+        ("sfgt rd=r3 a=r5 b=0", 0),  # subnormals are zeros
+        ("sfgt rd=r3 a=r8 b=r7", 1),  # -1 > -2
+        ("sfgt rd=r3 a=r7 b=r8", 0),
+        ("sfgt rd=r3 a=r9 b=r7", 0),  # NaN
+        ("sfgt rd=r3 a=r10 b=r8", 1),  # infinity > -1
+        ("sload region=io rd=r3 line=0 byte=8", 11),
+        ("sload region=params rd=r3 line=0 byte=8", 0),
+        ("sload region=io rd=r3 line=7", 0),  # beyond the words given
+    ],
+)
+def test_scalar_values_steer_the_program(test: str, taken: int) -> None:
+    constants = {4: -7, 5: 5, 6: 65536, 7: -(2**30), 8: -1082130432, 9: 0x7FC00000, 10: 0x7F800000}
+    head = "".join(f"sli rd=r{register} value={value}\n" for register, value in constants.items())
+    text = f"{head}{test}\nsstore region=io line=0 byte=4 value=r3\nhalt"
+    assert run(text, io=[7, 9, 11]).stores[0].value == taken
+
+
+def test_queue_space() -> None:
+    body = "".join(f"vmov b_from=immediate dst={256 * i} n=80\n" for i in range(4))
+    result = run(f"{body}halt", control__queue_depth=2)
+    assert slices(result, VECTOR) == [(1, 11), (11, 21), (21, 31), (31, 41)]
+    assert result.causes[0]["issue"]["queue"] == 8  # the fourth waits from 3 for the start of the second
+    assert result.total_cycles == 46
+
+
+def test_fence_holds_issue_until_all_is_done() -> None:
+    result = run("vadd dst=0 a=256 b=256 n=8\nfence\nvadd dst=512 a=768 b=768 n=8\nhalt")
+    assert slices(result, VECTOR) == [(1, 2), (8, 9)]
+    assert result.total_cycles == 14
+
+
+@pytest.mark.parametrize(("region", "start"), [("io", 23), ("params", 3)])
+def test_loads_follow_stores_to_their_region(region: str, start: int) -> None:
+    result = run(f"sstore region=io line=0 value=1\nload format=fp32 region={region} dst=0 line=5 n=8\nhalt")
+    assert slices(result, MEMORY) == [(1, 3), (start, start + 2)]
+
+
+@pytest.mark.parametrize(
+    ("access", "lines"),
+    [
+        ("load format=fp16 region=io dst=0 line=0 n=32", 1),
+        ("load format=fp16 region=io dst=0 line=0 byte=2 n=32", 2),
+        ("load format=fp16 region=io dst=0 line=0 n=0", 0),
+        ("store format=fp32 region=io a=0 line=0 outer=3 inner=4 outer_bytes=4 inner_bytes=16", 3),
+        ("store format=fp32 region=io a=0 line=0 byte=8 outer=1 inner=4 inner_bytes=40", 3),
+        ("store format=fp32 region=io a=0 line=0 outer=2 inner=4 outer_bytes=4 inner_bytes=640", 8),
+    ],
+)
+def test_ddr_moves_whole_lines(access: str, lines: int) -> None:
+    result = run(f"{access}\nhalt")
+    assert slices(result, MEMORY) == [(1, 1 + max(1, 2 * lines))]
+    assert result.counters[0].ddr_bytes == 64 * lines
+
+
+# Matrix ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("fields", "fetch", "matrix", "total"),
+    [
+        ("n=4", (1, 2), (1, 22), 49),  # one row: requested at 1, there at 21, one step, 26 more
+        ("n=16", (1, 5), (1, 25), 52),  # two steps of 2 rows: at 22 and at 24, one folded pair of groups each
+        ("n=64", (1, 19), (1, 39), 66),  # 16 rows past the write slots 7 and 15, the last at 18
+        ("n=4 outer=2", (1, 2), (1, 22), 49),  # two vectors on two rows
+        ("n=4 outer=2 inner=2", (1, 2), (1, 23), 50),  # four: two passes
+        ("n=5", (1, 3), (1, 23), 50),  # the last step lacks columns but not a row
+        ("n=4 format=int8", (1, 2), (1, 22), 49),  # half a row is a row
+        ("n=4 format=fp32", (1, 3), (1, 23), 50),
+    ],
+)
+def test_matmul(fields: str, fetch: tuple[int, int], matrix: tuple[int, int], total: int) -> None:
+    given = {part.split("=")[0] for part in fields.split()}
+    base = " ".join(part for part in MATMUL.split() if part.split("=")[0] not in given)
+    result = run(f"{base} {fields} src=256\nhalt")
+    assert slices(result, FETCH) == [fetch]
+    assert slices(result, MATRIX) == [matrix]
+    assert result.total_cycles == total
+
+
+@pytest.mark.parametrize("empty", ["k=0 n=4 outer=1", "k=8 n=0 outer=1", "k=8 n=4 outer=0"])
+def test_an_empty_matmul_takes_one_cycle_and_no_rows(empty: str) -> None:
+    result = run(f"matmul format=fp16 region=weights inner=1 src=256 {empty}\nhalt")
+    assert slices(result, FETCH) == []
+    assert slices(result, MATRIX) == [(1, 2)]
+    assert result.total_cycles == 29
+
+
+def test_a_float32_tile_takes_the_port_two_cycles() -> None:
+    text = "matmul format=fp32 region=weights outer=1 inner=1 k=8 n=4 src=256\nhalt"
+    assert slices(run(text, matrix__fifo_port_bytes=64), MATRIX) == [(1, 24)]
+
+
+def test_accumulation_waits_for_the_sum_of_the_previous_chunk() -> None:
+    text = "matmul format=fp16 region=weights outer=1 inner=1 k=32 n=4 src=256\nhalt"
+    result = run(text, matrix__accumulate_latency=13)
+    assert slices(result, MATRIX) == [(1, 61)]  # steps at 21, 34, 47, 60
+    assert result.causes[0]["matrix"] == {"issue": 1, "weights": 20, "compute": 4, "accumulate": 36, "drain": 36}
+
+
+def test_each_column_group_waits_for_its_own_sum() -> None:
+    # Rows requested at 6, 8, 9, 10 arrive at 26, 28, 29, 30. The second chunk's groups may not step before 26 + 3 and
+    # 28 + 3, so the last step is at 31 although its row is there at 30.
+    text = "sli\n" * 5 + "matmul format=fp16 region=weights outer=2 inner=1 k=16 n=8 src=256\nhalt"
+    assert slices(run(text, matrix__accumulate_latency=3), MATRIX) == [(6, 32)]
+
+
+def test_the_fifo_limits_how_far_requests_run_ahead() -> None:
+    result = run(f"{MATMUL} n=64 src=256\nhalt", hbm__fifo_bytes=256)
+    # Four places: requests at 1-4, 24-27, 48-51 (47 is a write slot), 72-75 (71 is one); steps end at 23, 25, 46, ...
+    assert slices(result, FETCH) == [(1, 76)]
+    assert slices(result, MATRIX) == [(1, 96)]
+    assert result.causes[0]["fetch"] == {"issue": 1, "transfer": 16, "fifo_full": 57, "write_slot": 2, "drain": 47}
+
+
+@pytest.mark.parametrize(("run_ahead", "fetch", "total"), [(True, (2, 3), 76), (False, (48, 49), 96)])
+def test_run_ahead(run_ahead: bool, fetch: tuple[int, int], total: int) -> None:
+    result = run(f"{MATMUL} n=4 src=256 dst=512\n{MATMUL} n=4 src=512 dst=1024\nhalt", control__run_ahead=run_ahead)
+    assert slices(result, FETCH)[1] == fetch
+    assert slices(result, MATRIX)[1][0] == 48  # done of the first: 22 + 26
+    assert result.total_cycles == total
+
+
+STORE_ROWS = "store format=fp16 region=kv a=8192 outer=1 inner=4 inner_bytes=64"
+
+
+def test_hbm_stores_take_one_write_slot_a_row() -> None:
+    result = run(f"{STORE_ROWS}\nhalt")
+    assert slices(result, MEMORY) == [(1, 32)]  # slots 7, 15, 23, 31
+    assert result.total_cycles == 53
+    assert result.causes[0]["memory"] == {"issue": 1, "transfer": 4, "write_slot": 27, "drain": 21}
+    assert (result.counters[0].kv_written_bytes, result.counters[0].kv_useful_written_bytes) == (256, 8)
+
+
+def test_rows_are_not_merged_across_outer() -> None:
+    text = "store format=fp16 region=kv a=8192 outer=3 inner=4 outer_bytes=16 inner_bytes=2\nhalt"
+    assert run(text).counters[0].kv_written_bytes == 192
+
+
+@pytest.mark.parametrize(("line", "first"), [(3, 52), (4, 2)])
+def test_fetches_wait_for_older_stores_to_their_rows(line: int, first: int) -> None:
+    fetch = f"matmul format=fp16 region=kv outer=1 inner=1 k=8 n=4 src=256 line={line}"
+    assert slices(run(f"{STORE_ROWS}\n{fetch}\nhalt"), FETCH) == [(first, first + 1)]
+
+
+@pytest.mark.parametrize(("region", "line", "start"), [("kv", 0, 19), ("kv", 64, 2), ("weights", 0, 2)])
+def test_stores_wait_for_older_fetches_of_their_rows(region: str, line: int, start: int) -> None:
+    fetch = f"matmul format=fp16 region={region} outer=1 inner=1 k=8 n=64 src=256 line={line}"
+    assert slices(run(f"{fetch}\n{STORE_ROWS}\nhalt"), MEMORY)[0][0] == start
+
+
+def test_counters() -> None:
+    matmul = "matmul format=fp16 region=kv outer=3 inner=1 k=12 n=6 src=256 line=2"
+    counters = run(f"{MATMUL} n=64 src=256\n{matmul}\nhalt").counters[0]
+    assert (counters.weights_fetched_bytes, counters.weights_useful_bytes) == (1024, 1024)
+    assert (counters.kv_fetched_bytes, counters.kv_useful_bytes) == (256, 144)  # 96 of 128 bytes in two chunks
+    assert (counters.instructions, counters.macs) == (3, 512 + 216)
+
+
+# Ring --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("devices", "total"), [(1, 7), (2, 31), (3, 31), (4, 55), (5, 55), (6, 79)])
+def test_gather(devices: int, total: int) -> None:
+    # A block of 8 words takes 4 cycles: sent at 5, there at 29, sent on at 29, there at 53 and so on; done one later.
+    result = run("gather dst=0 a=8192 n=8\nhalt", devices)
+    assert result.device_cycles == (total,) * devices
+    assert result.causes[0]["ring"] == {"issue": 1, "transfer": total - 2, "drain": 1}
+    assert result.counters[0].ring_bytes == 32 * (devices - 1)
+
+
+def test_long_blocks_keep_the_link_busy() -> None:
+    # 200 words: 100 cycles. Blocks are sent on when there in whole: 5, 125; there at 125, 245.
+    assert run("gather dst=0 a=8192 n=200\nhalt", 4).total_cycles == 247
+
+
+def test_gather_skew() -> None:
+    # Rank 0 starts at 4 and sends at 8; rank 1 starts at 12 and sends at 16.
+    result = run("beq to=go a=r1 b=0\n" + "sli\n" * 10 + "go:\ngather dst=0 a=8192 n=8\nhalt", 2)
+    assert slices(result, RING, 0) == [(4, 41)]
+    assert slices(result, RING, 1) == [(12, 33)]
+    assert result.causes[0]["ring"] == {"issue": 4, "transfer": 29, "skew": 8, "drain": 1}
+    assert result.causes[1]["ring"] == {"issue": 12, "transfer": 21, "drain": 9}
+
+
+def test_devices_know_rank_and_count() -> None:
+    result = run("sstore region=io line=r1 byte=r2+2 value=r1+10\nhalt", 2)
+    assert result.stores == (StoreRecord(23, 0, 0, 4, 10), StoreRecord(23, 1, 1, 4, 11))
+
+
+# Errors and the trace ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sli rd=r3", "instruction 1 with PROGRAM_END"),
+        ("beq to=9", "instruction 9 with PROGRAM_END"),
+        ("trap code=3\nhalt", "instruction 0 with SOFTWARE"),
+        ("vadd dst=16384 n=1\nhalt", "REGISTER_BOUNDS"),
+        ("vadd dst=-8 n=8\nhalt", "REGISTER_BOUNDS"),
+        ("vread rd=r3 a=16384\nhalt", "REGISTER_BOUNDS"),
+        ("vadd n=-1\nhalt", "COUNT"),
+        ("matmul outer=1 inner=1 k=65537 n=1\nhalt", "COUNT"),
+        ("matmul outer=-1 inner=1 k=1 n=1\nhalt", "COUNT"),
+        ("matmul region=io outer=1 inner=1 k=1 n=1\nhalt", "REGION_ACCESS"),
+        ("matmul line=-1 outer=1 inner=1 k=1 n=1\nhalt", "REGION_BOUNDS"),
+        ("store region=params outer=1 inner=1\nhalt", "REGION_ACCESS"),
+        ("store region=io outer=16384 inner=16384\nhalt", "COUNT"),
+        ("load region=weights n=1\nhalt", "REGION_ACCESS"),
+        ("sload region=io line=-1\nhalt", "REGION_BOUNDS"),
+        ("gather n=4097\nhalt", "COUNT"),
+        ("gather n=r1+8\nhalt", "device 1 stops at instruction 1 with RING_MISMATCH"),
+        ("beq to=end a=r1 b=0\ngather n=8\nend:\nhalt", "device 1 stops at instruction 2 with RING_MISMATCH"),
+        ("loop:\nbeq to=loop", "max_instructions = 1000"),
+    ],
+)
+def test_bad_programs_stop_with_one_line(text: str, message: str) -> None:
+    with pytest.raises(TypebarError, match=message) as caught:
+        run_timing(assemble(text), TINY, 2, np.zeros((2, 4), np.int32), max_instructions=1000)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_arguments_stop_with_one_line() -> None:
+    program = assemble("halt")
+    with pytest.raises(TypebarError, match="devices = 0 is outside 1 to 64"):
+        run_timing(program, TINY, 0, np.zeros((0, 4), np.int32))
+    with pytest.raises(TypebarError, match=r"shape \[1, 4\]: give one row for each of 2 devices"):
+        run_timing(program, TINY, 2, np.zeros((1, 4), np.int32))
+    machine = TINY.override({"matrix.rows": "16", "matrix.fifo_port_bytes": "1024", "hbm.fifo_bytes": "512"})
+    with pytest.raises(TypebarError, match="cannot hold one matrix step of 1024 bytes"):
+        run_timing(program, machine, 1, np.zeros((1, 4), np.int32))
+
+
+def test_entry_and_growing_records() -> None:
+    body = "sstore region=io value=r3\nvwrite dst=0 b=1\nssub rd=r3 a=r3 b=1"
+    text = f"trap code=1\nsli rd=r3 value=3000\nloop:\n{body}\nbne to=loop a=r3 b=0\nhalt"
+    io = np.zeros((2, 4), np.int32)
+    result = run_timing(assemble(text), TINY, 2, io, entry=1, trace=True)
+    assert [s.value for s in result.stores if s.device == 1] == list(range(3000, 0, -1))
+    assert len(slices(result, MEMORY, 1)) == len(slices(result, VECTOR, 1)) == 3000
+    assert not io.any()
+
+
+def test_perfetto_file(tmp_path: Path) -> None:
+    program = assemble(f'{MATMUL} n=64 src=256    ; layer 0 "qkv"\ngather dst=0 a=8192 n=8\nhalt')
+    result = run_timing(program, TINY, 2, np.zeros((2, 0), np.int32), trace=True)
+    path = tmp_path / "trace.json"
+    write_perfetto(result, TINY, program, path)
+    events = json.loads(path.read_text())["traceEvents"]
+    tracks = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert tracks[1, FETCH] == "fetch" and len(tracks) == 10
+    spans = {(e["pid"], tracks[e["pid"], e["tid"]]): e for e in events if e["ph"] == "X"}
+    assert len(spans) == 6  # fetch, matrix, ring on each device
+    assert spans[1, "fetch"]["name"] == 'matmul: layer 0 "qkv"'
+    assert (spans[1, "fetch"]["ts"], spans[1, "fetch"]["dur"]) == (0.005, 0.09)  # cycles 1 to 18 of 5 ns
+    assert [p.name for p in tmp_path.iterdir()] == ["trace.json"]
+
+
+def test_perfetto_errors(tmp_path: Path) -> None:
+    program = assemble("halt")
+    result = run_timing(program, TINY, 1, np.zeros((1, 0), np.int32))
+    with pytest.raises(TypebarError, match="trace=True"):
+        write_perfetto(result, TINY, program, tmp_path / "x.json")
+    traced = run_timing(program, TINY, 1, np.zeros((1, 0), np.int32), trace=True)
+    with pytest.raises(TypebarError, match="cannot write trace"):
+        write_perfetto(traced, TINY, program, tmp_path / "missing" / "x.json")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,573 @@
+"""The timing simulator against an independent reference that steps through the contract cycle by cycle.
+
+The reference shares no formula with the simulator: it enumerates bytes and rows, keeps real queues and a FIFO, and
+asks in every cycle what may happen in that cycle.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from typebar.isa.errors import TypebarError
+from typebar.isa.machine import Machine
+from typebar.isa.program import Op, Operand, Program, op
+from typebar.sim.timing import TimingResult, run_timing
+
+SIZES = (2, 2, 1, 4)
+
+
+@dataclass(eq=False)
+class Instruction:
+    """One executed instruction; `waits` are older ones whose completion it needs, `rows` its KV row range."""
+
+    pc: int
+    op: Op
+    values: dict[str, int]
+    issued: int
+    waits: list[Instruction] = field(default_factory=list)
+    start: int = -1
+    done: int = -1
+    over: int = -1
+    rows: tuple[int, int] | None = None
+    row_waits: list[Instruction] = field(default_factory=list)
+    requests: list[int] = field(default_factory=list)
+    steps: list[tuple[int, int, int, bool]] = field(default_factory=list)  # rows needed, freed, chunk group, first
+    left: int = 0
+    stepped: int = 0
+    groups: dict[int, int] = field(default_factory=dict)
+    reads: set[int] = field(default_factory=set)
+    writes: set[int] = field(default_factory=set)
+
+    def complete(self, cycle: int) -> bool:
+        return 0 <= self.done <= cycle
+
+
+def ceil(a: int, b: int) -> int:
+    return (a + b - 1) // b
+
+
+class Device:
+    def __init__(self, rank: int, ring: list[Device], program: Program, m: Machine) -> None:
+        self.rank, self.ring, self.program, self.m = rank, ring, program, m
+        self.registers = [0] * 32
+        self.registers[1] = rank
+        self.pc, self.next_issue, self.halted = 0, 0, -1
+        self.waiting: Instruction | None = None
+        self.queues: dict[str, deque[Instruction]] = {u: deque() for u in ("MATRIX", "VECTOR", "MEMORY", "RING")}
+        self.current: dict[str, Instruction | None] = dict.fromkeys(self.queues)
+        self.busy_until = dict.fromkeys(self.queues, 0)
+        self.last_done = dict.fromkeys(self.queues, 0)
+        self.every: list[Instruction] = []
+        self.fetch_queue: deque[Instruction] = deque()
+        self.row_ends: list[int] = []  # cycle in which each consumed row's place became free
+        self.requested = 0
+        self.request_cycle: dict[int, int] = {}  # by running row number
+        self.fetch_counts = {"transfer": 0, "fifo_full": 0, "write_slot": 0}
+        self.compute = 0
+        self.gathers: list[Instruction] = []
+        self.arrivals: dict[tuple[int, int, int], int] = {}  # (gather, direction, block) -> cycle
+        self.sends: dict[tuple[int, int], list[int]] = {}  # (gather, direction) -> start cycles
+        self.slices: list[tuple[int, str, int, int, int]] = []
+        self.log: list[tuple[int, int, int, int, int]] = []
+
+    # What an instruction touches ----------------------------------------------------------------------
+    def flag(self, i: Instruction, name: str) -> int:
+        value = i.op.get(name)
+        assert isinstance(value, int)
+        return value
+
+    def accesses(self, i: Instruction) -> tuple[set[int], set[int]]:
+        v, name = i.values, i.op.kind.name
+        reads: set[int] = set()
+        writes: set[int] = set()
+
+        def add(into: set[int], base: int, words: int) -> None:
+            into |= {w // self.m.segment_words for w in range(base, base + words)}
+
+        if name == "matmul":
+            if v["outer"] * v["inner"]:
+                for side, words, into in (("src", v["k"], reads), ("dst", v["n"], writes)):
+                    last = (v["outer"] - 1) * v[f"{side}_outer"] + (v["inner"] - 1) * v[f"{side}_inner"]
+                    add(into, v[side], last + words if words else 0)
+                scaling, patch = self.flag(i, "scaling"), self.flag(i, "patch")
+                add(reads, v["scale"], (0, min(1, v["n"]), v["n"])[scaling])
+                add(reads, v["bias"], v["n"] * self.flag(i, "add_bias"))
+                add(reads, v["patch_src"], (0, v["k"], v["n"])[patch])
+                add(writes, v["maximum"], v["outer"] * v["inner"] * self.flag(i, "row_max"))
+        elif name == "gather":
+            add(reads, v["a"], v["n"])
+            add(writes, v["dst"], v["n"] * len(self.ring))
+        elif name == "load":
+            add(writes, v["dst"], v["n"])
+        elif name == "store":
+            add(reads, v["a"], v["outer"] * v["inner"])
+        elif name == "vwrite":
+            add(writes, v["dst"], 1)
+        elif name in ("vsum", "vsumsq", "vrmax", "vargmax"):
+            add(reads, v["a"], v["n"])
+            add(writes, v["dst"], 2 if name == "vargmax" else 1)
+        elif i.op.kind.unit.name == "VECTOR":
+            add(writes, v["dst"], v["n"])
+            if "a" in v:
+                add(reads, v["a"], v["n"])
+            if "b" in v:
+                add(reads, v["b"], (v["n"], min(1, v["n"]), 0)[self.flag(i, "b_from")])
+        return reads, writes
+
+    def hazards(self, i: Instruction) -> None:
+        reads, writes = self.accesses(i)
+        for segment in reads | writes:
+            for older in reversed(self.every):
+                if segment in older.writes:
+                    i.waits.append(older)
+                    break
+        for older in self.every:
+            if older.op.kind.unit != i.op.kind.unit and older.reads & writes:
+                i.waits.append(older)
+        i.reads, i.writes = reads, writes
+        if i.op.kind.name in ("load", "sload"):
+            region = i.op.get("region")
+            i.waits += [o for o in self.every if "store" in o.op.kind.name and o.op.get("region") == region]
+
+    def plan_matmul(self, i: Instruction) -> None:
+        """Enumerate bursts byte by byte: rows each step needs in all, rows it frees, the range of rows."""
+        v, m = i.values, self.m
+        e, lanes, width = SIZES[self.flag(i, "format")], m.matrix.lanes, m.column_block
+        vectors, k, n = v["outer"] * v["inner"], v["k"], v["n"]
+        if not (vectors and k and n):
+            return
+        fold = m.fold(vectors, e)
+        port = ceil(fold * m.matrix.columns * lanes * e, m.matrix.fifo_port_bytes)
+        i.left = max(ceil(vectors, m.matrix.rows), port)
+        per_step, rows_so_far, freed, chunks = fold * m.matrix.columns, 0, 0, ceil(k, lanes)
+        last_byte = 0
+        for block in range(ceil(n, width)):
+            columns = min(width, n - block * width)
+            stored = width if self.flag(i, "full") else ceil(columns, m.column_granule(e)) * m.column_granule(e)
+            for chunk in range(chunks):
+                base = v["line"] * 64 + (block * chunks * width + chunk * stored) * lanes * e
+                assert base % m.row_bytes == 0
+                last_byte = base + columns * lanes * e - 1
+                for group, first in enumerate(range(0, columns, per_step)):
+                    end = min(first + per_step, columns) * lanes * e
+                    needed = (end - 1) // m.row_bytes + 1
+                    gone = needed if end == columns * lanes * e else end // m.row_bytes
+                    i.steps.append((rows_so_far + needed, rows_so_far + gone - freed, group, chunk == 0))
+                    freed = rows_so_far + gone
+                rows_so_far += ceil(columns * lanes * e, m.row_bytes)
+        if i.op.get("region") == 1:
+            i.rows = (v["line"] * 64 // m.row_bytes, last_byte // m.row_bytes)
+        self.fetch_queue.append(i)
+
+    def bytes_of(self, i: Instruction) -> list[list[int]]:
+        """Byte addresses of every element, one list for each outer count."""
+        v = i.values
+        base = v["line"] * 64 + v["byte"]
+        if i.op.kind.name in ("sload", "sstore"):
+            return [[base]]
+        e = SIZES[self.flag(i, "format")]
+        if i.op.kind.name == "load":
+            return [[base + j * e for j in range(v["n"])]]
+        return [
+            [base + o * v["outer_bytes"] + j * v["inner_bytes"] for j in range(v["inner"])] for o in range(v["outer"])
+        ]
+
+    # A cycle -------------------------------------------------------------------------------------------
+    def is_write_slot(self, c: int) -> bool:
+        rows = self.m.hbm.rows_per_write_slot
+        return c % (rows + 1) == rows
+
+    def finish(self, i: Instruction, done: int) -> None:
+        unit = i.op.kind.unit.name
+        i.done = max(done, self.last_done[unit])
+        self.last_done[unit] = i.done
+
+    def start_units(self, c: int) -> None:
+        for unit, queue in self.queues.items():
+            if not queue or self.current[unit] or c < self.busy_until[unit] or c <= queue[0].issued:
+                continue
+            i = queue[0]
+            if not all(w.complete(c) for w in i.waits):
+                continue
+            if unit == "MEMORY" and any(w.over < 0 or w.over > c for w in i.row_waits):
+                continue
+            queue.popleft()
+            i.start = c
+            getattr(self, f"start_{unit.lower()}")(i, c)
+
+    def start_vector(self, i: Instruction, c: int) -> None:
+        v, name = self.m.vector, i.op.kind.name
+        beats = max(1, ceil(i.values.get("n", 1), v.lanes))
+        tree = v.add_latency * (v.lanes.bit_length() - 1 + (beats - 1).bit_length())
+        latency = {"vmul": v.multiply_latency, "vunary": v.unary_latency, "vsum": tree, "vrmax": tree}
+        latency |= {"vargmax": tree, "vsumsq": tree + v.multiply_latency}
+        self.occupy(i, c + beats)
+        self.finish(i, c + beats + latency.get(name, v.add_latency))
+
+    def occupy(self, i: Instruction, end: int) -> None:
+        unit = i.op.kind.unit.name
+        self.busy_until[unit] = end
+        self.slices.append((self.rank, unit.lower(), i.start, end, i.pc))
+
+    def start_memory(self, i: Instruction, c: int) -> None:
+        places = self.bytes_of(i)
+        if i.op.kind.name == "store" and i.op.get("region") == 1:
+            i.left = sum(len({b // self.m.row_bytes for b in run}) for run in places)
+            if i.left:
+                self.current["MEMORY"] = i
+            else:
+                self.occupy(i, c + 1)
+                self.finish(i, c + 1 + self.m.hbm.latency)
+            return
+        e = 4 if i.op.kind.name[0] == "s" and i.op.kind.name != "store" else SIZES[self.flag(i, "format")]
+        lines = sum(len({b // 64 for b in run} | {(b + e - 1) // 64 for b in run}) for run in places)
+        beats = max(1, ceil(64 * lines, self.m.ddr.bytes_per_cycle))
+        self.occupy(i, c + beats)
+        self.finish(i, c + beats + self.m.ddr.latency)
+        if i.op.kind.name == "sstore" and i.op.get("region") == 4:
+            v = i.values
+            self.log.append((i.done, self.rank, v["line"], v["byte"], v["value"]))
+
+    def start_matrix(self, i: Instruction, c: int) -> None:
+        x = self.m.matrix
+        if i.steps:
+            self.current["MATRIX"] = i
+        else:
+            self.compute += 1
+            self.occupy(i, c + 1)
+            self.finish(i, c + 1 + x.dot_latency + x.accumulate_latency + x.epilogue_latency)
+
+    def start_ring(self, i: Instruction, c: int) -> None:
+        self.gathers.append(i)
+        self.current["RING"] = i
+
+    def step_memory(self, c: int) -> None:
+        i = self.current["MEMORY"]
+        if i and self.is_write_slot(c):
+            i.left -= 1
+            if i.left == 0:
+                self.occupy(i, c + 1)
+                self.finish(i, c + 1 + self.m.hbm.latency)
+                self.current["MEMORY"] = None
+
+    def step_fetch(self, c: int) -> None:
+        if not self.fetch_queue:
+            return
+        i = self.fetch_queue[0]
+        if c <= i.issued or (i.start < 0 and not self.m.control.run_ahead):
+            return
+        if not all(w.complete(c) for w in i.row_waits):
+            return
+        held = self.requested - sum(end < c for end in self.row_ends)
+        if held >= self.m.hbm.fifo_bytes // self.m.row_bytes:
+            self.fetch_counts["fifo_full"] += 1
+        elif self.is_write_slot(c):
+            self.fetch_counts["write_slot"] += 1
+        else:
+            self.fetch_counts["transfer"] += 1
+            i.requests.append(c)
+            self.requested += 1
+            if len(i.requests) == i.steps[-1][0]:
+                i.over = c + 1
+                self.slices.append((self.rank, "fetch", i.requests[0], c + 1, i.pc))
+                self.fetch_queue.popleft()
+
+    def step_matrix(self, c: int) -> None:
+        i, x = self.current["MATRIX"], self.m.matrix
+        if not i or c < self.busy_until["MATRIX"]:
+            return
+        needed, freed, group, first = i.steps[i.stepped]
+        if len(i.requests) < needed or c < i.requests[needed - 1] + self.m.hbm.latency:
+            return
+        if not first and c < i.groups[group] + x.accumulate_latency:
+            return
+        i.groups[group] = c
+        i.stepped += 1
+        end = c + i.left
+        self.compute += i.left
+        self.row_ends += [end] * freed
+        self.busy_until["MATRIX"] = end
+        if i.stepped == len(i.steps):
+            self.occupy(i, end)
+            self.finish(i, end + x.dot_latency + x.accumulate_latency + x.epilogue_latency)
+            self.current["MATRIX"] = None
+
+    def step_ring(self, c: int) -> None:
+        i = self.current["RING"]
+        if not i:
+            return
+        number, devices = len(self.gathers) - 1, len(self.ring)
+        bits = i.values["n"] * 32
+        cycles = max(1, ceil(bits * self.m.clock_mhz, self.m.ring.megabits_per_second))
+        hops = (devices // 2, (devices - 1) // 2)
+        last, whole = i.start + self.m.ring.setup_latency, True
+        for direction in range(2):
+            sends = self.sends.setdefault((number, direction), [])
+            block = len(sends)
+            here = (
+                i.start + self.m.ring.setup_latency if block == 0 else self.arrivals.get((number, direction, block), -1)
+            )
+            free = sends[-1] + cycles if sends else 0
+            if block < hops[direction] and 0 <= here <= c and free <= c:
+                sends.append(c)
+                neighbour = self.ring[(self.rank + (1 if direction == 0 else -1)) % devices]
+                neighbour.arrivals[number, direction, block + 1] = c + cycles + self.m.ring.hop_latency
+            whole = whole and len(sends) == hops[direction]
+            last = max([last, *(s + cycles for s in sends)])
+            for j in range(1, hops[direction] + 1):
+                arrival = self.arrivals.get((number, direction, j), -1)
+                whole, last = whole and arrival >= 0, max(last, arrival)
+        if whole and c >= last:
+            self.current["RING"] = None
+            self.occupy(i, last + 1)
+            self.finish(i, last + 1)
+
+    def step_issue(self, c: int) -> None:
+        if self.halted >= 0 or c < self.next_issue:
+            return
+        if self.waiting:
+            if not self.waiting.complete(c):
+                return
+            self.waiting = None
+        o = self.program.ops[self.pc]
+        name, unit = o.kind.name, o.kind.unit.name
+        values = {}
+        for item in o.kind.operands:
+            value = o.get(item.name)
+            assert isinstance(value, Operand)
+            values[item.name] = self.registers[value.register] + value.immediate
+        if unit != "SCALAR":
+            if len(self.queues[unit]) >= self.m.control.queue_depth:
+                return
+            self.enqueue(Instruction(self.pc, o, values, c))
+            self.next_issue = c + 1
+            if name == "sload":
+                self.waiting = self.every[-1]
+                self.registers[self.flag(self.waiting, "rd")] = 0
+        elif name in ("halt", "fence"):
+            if not all(i.complete(c) for i in self.every):
+                return
+            self.halted = c + 1 if name == "halt" else -1
+            self.next_issue = c + 1
+        elif name == "vread":
+            segment = values["a"] // self.m.segment_words
+            writers = [i for i in self.every if segment in i.writes]
+            if writers and not writers[-1].complete(c):
+                return
+            self.next_issue = c + self.m.control.read_latency
+        else:
+            self.next_issue = c + 1
+            if name == "bne" and values["a"] != values["b"]:
+                self.pc, self.next_issue = int(str(o.get("to"))), c + self.m.control.branch_cycles
+                return
+            if name in ("sadd", "smul"):
+                a, b = values["a"], values["b"]
+                self.registers[int(str(o.get("rd")))] = a + b if name == "sadd" else a * b
+        self.pc += 1
+
+    def enqueue(self, i: Instruction) -> None:
+        self.hazards(i)
+        if i.op.kind.name == "matmul":
+            self.plan_matmul(i)
+            partners = "store"
+        elif i.op.kind.name == "store" and i.op.get("region") == 1:
+            places = [b // self.m.row_bytes for run in self.bytes_of(i) for b in run]
+            i.rows = (min(places), max(places)) if places else None
+            partners = "matmul"
+        if i.rows:
+            lo, hi = i.rows
+            near = [o for o in self.every if o.rows and o.rows[0] <= hi and o.rows[1] >= lo]
+            i.row_waits = [o for o in near if o.op.kind.name == partners]
+        self.queues[i.op.kind.unit.name].append(i)
+        self.every.append(i)
+
+
+def reference(program: Program, m: Machine, devices: int, limit: int = 200_000) -> tuple[list[Device], int]:
+    ring: list[Device] = []
+    for rank in range(devices):
+        ring.append(Device(rank, ring, program, m))
+        ring[-1].registers[2] = devices
+    for c in range(limit):
+        for d in ring:
+            d.start_units(c)
+        for d in ring:
+            d.step_memory(c)
+            d.step_fetch(c)
+            d.step_matrix(c)
+            d.step_ring(c)
+        for d in ring:
+            d.step_issue(c)
+        if all(d.halted >= 0 for d in ring):
+            return ring, max(d.halted for d in ring)
+    raise AssertionError("the reference did not end")
+
+
+# Random machines and programs -------------------------------------------------------------------------------
+def random_machine(rng: random.Random) -> Machine:
+    """A small machine whose every parameter that moves time is drawn; few segments, so that hazards abound."""
+    pick = rng.choice
+    while True:
+        settings = {
+            "attention_block": 64,
+            "matrix.lanes": pick([4, 8]),
+            "matrix.columns": pick([2, 4]),
+            "matrix.rows": pick([1, 2, 4]),
+            "matrix.interleave": pick([4, 8]),
+            "matrix.fifo_port_bytes": pick([32, 64, 128]),
+            "matrix.dot_latency": pick([1, 6]),
+            "matrix.accumulate_latency": pick([1, 4, 13]),
+            "matrix.epilogue_latency": pick([1, 9]),
+            "vector.words": 512,
+            "vector.segments": pick([8, 16]),
+            "vector.lanes": pick([1, 4, 8]),
+            "vector.add_latency": pick([1, 4]),
+            "vector.multiply_latency": pick([1, 5]),
+            "vector.unary_latency": pick([2, 11]),
+            "hbm.latency": pick([1, 7, 30]),
+            "hbm.rows_per_write_slot": pick([1, 2, 5]),
+            "hbm.fifo_bytes": pick([256, 512, 1024, 4096]),
+            "ddr.bytes_per_cycle": pick([16, 100]),
+            "ddr.latency": pick([1, 25]),
+            "ring.megabits_per_second": pick([1600, 12800]),
+            "ring.hop_latency": pick([1, 20]),
+            "ring.setup_latency": pick([1, 4]),
+            "control.queue_depth": pick([1, 2, 5]),
+            "control.branch_cycles": pick([1, 3]),
+            "control.read_latency": pick([1, 4]),
+            "control.run_ahead": pick(["true", "false"]),
+        }
+        try:
+            machine = Machine.load("tiny").override({key: str(value) for key, value in settings.items()})
+            run_timing(Program([op("halt")]), machine, 1, np.zeros((1, 0), np.int32))
+            return machine
+        except TypebarError:
+            continue
+
+
+def random_matmul(rng: random.Random) -> Op:
+    outer, inner = rng.choice([(1, 1), (1, 1), (2, 1), (1, 3), (2, 3), (0, 1)])
+    k, n = rng.choice([0, 5, 8, 20, 33]), rng.choice([0, 3, 8, 16, 17, 40])
+    return op(
+        "matmul",
+        format=rng.randrange(4),
+        region=rng.randrange(2),
+        full=rng.randrange(2),
+        accumulate=rng.randrange(2),
+        patch=rng.randrange(3),
+        scaling=rng.randrange(3),
+        add_bias=rng.randrange(2),
+        row_max=rng.randrange(2),
+        dst=rng.randrange(20) * 8,
+        src=rng.randrange(20) * 8,
+        k=k,
+        n=Operand(1, n),
+        line=2 * rng.randrange(12),
+        outer=outer,
+        inner=inner,
+        src_outer=rng.choice([0, 40]),
+        src_inner=rng.choice([0, 48]),
+        dst_outer=rng.choice([0, 64]),
+        dst_inner=rng.choice([0, 48]),
+        scale=rng.randrange(300),
+        bias=rng.randrange(300),
+        maximum=rng.randrange(300),
+        patch_src=rng.randrange(300),
+        patch_at=rng.randrange(10),
+    )
+
+
+def random_op(rng: random.Random) -> Op:
+    address = rng.choice([Operand(0, 8 * rng.randrange(40)), Operand(5, 8 * rng.randrange(20))])
+    n, other = rng.choice([0, 1, 8, 13, 40]), 8 * rng.randrange(40)
+    kind = rng.randrange(12)
+    if kind < 3:
+        return random_matmul(rng)
+    if kind == 3:
+        name = rng.choice(["vadd", "vmul", "vmax", "vsub"])
+        return op(name, dst=address, a=other, b=rng.randrange(300), n=n, b_from=rng.randrange(3))
+    if kind == 4:
+        return op("vmov", dst=address, b=other, n=n, b_from=rng.randrange(3))
+    if kind == 5:
+        return op(rng.choice(["vsum", "vsumsq", "vrmax", "vargmax"]), dst=rng.randrange(300), a=address, n=n)
+    if kind == 6:
+        return rng.choice([op("vunary", dst=address, a=other, n=n), op("vwrite", dst=rng.randrange(512), b=3)])
+    if kind == 7:
+        return op("load", format=rng.randrange(4), region=4, dst=address, line=rng.randrange(9), byte=4, n=n)
+    if kind == 8:
+        return op(
+            "store",
+            format=rng.randrange(4),
+            region=rng.choice([1, 1, 4]),
+            a=address,
+            line=rng.randrange(24),
+            byte=rng.choice([0, 12]),
+            outer=rng.randrange(4),
+            inner=rng.choice([0, 1, 5, 11]),
+            outer_bytes=rng.choice([0, 64, 300]),
+            inner_bytes=rng.choice([4, 32, 64, 132]),
+        )
+    if kind == 9:
+        return op("sstore", region=4, line=1, byte=Operand(1, 4), value=Operand(1, 7))
+    if kind == 10:
+        return rng.choice([op("sload", region=4, rd=8, line=1, byte=400), op("vread", rd=8, a=rng.randrange(512))])
+    return rng.choice([op("gather", dst=address, a=other, n=rng.choice([0, 8, 24])), op("fence")])
+
+
+def random_program(rng: random.Random) -> Program:
+    """A body run 1 to 3 times, longer on higher ranks (by a loop before it and by matmul columns)."""
+    body = [random_op(rng) for _ in range(rng.randint(1, 14))]
+    delay = rng.choice([0, 9, 60])
+    head = [
+        op("sadd", rd=6, a=rng.randint(1, 3), b=0),
+        op("smul", rd=7, a=Operand(1), b=delay),
+        op("sadd", rd=7, a=Operand(7), b=1),
+        op("sadd", rd=7, a=Operand(7), b=-1),
+        op("bne", to=3, a=Operand(7), b=0),
+    ]
+    tail = [
+        op("sadd", rd=6, a=Operand(6), b=-1),
+        op("sadd", rd=5, a=Operand(5), b=8),
+        op("bne", to=len(head), a=Operand(6), b=0),
+        op("halt"),
+    ]
+    return Program(head + body + tail)
+
+
+def compare(result: TimingResult, ring: list[Device], total: int) -> None:
+    assert result.trace is not None
+    t = result.trace
+    names = ("issue", "matrix", "vector", "memory", "ring", "fetch")
+    got = sorted(
+        (int(d), names[u], int(s), int(e), int(pc))
+        for d, u, s, e, pc in zip(t.device, t.unit, t.start, t.end, t.pc, strict=True)
+    )
+    assert got == sorted(s for d in ring for s in d.slices)
+    assert result.total_cycles == total
+    assert result.device_cycles == tuple(d.halted for d in ring)
+    assert sorted((s.cycle, s.device, s.line, s.byte, s.value) for s in result.stores) == sorted(
+        entry for d in ring for entry in d.log
+    )
+    for d, causes, counters in zip(ring, result.causes, result.counters, strict=True):
+        assert {key: causes["fetch"].get(key, 0) for key in d.fetch_counts} == d.fetch_counts
+        assert causes["matrix"].get("compute", 0) == d.compute
+        fetched = counters.weights_fetched_bytes + counters.kv_fetched_bytes
+        assert fetched == d.requested * d.m.row_bytes
+
+
+def check(seed: int) -> None:
+    rng = random.Random(seed)
+    machine, program, devices = random_machine(rng), random_program(rng), rng.randint(1, 4)
+    result = run_timing(program, machine, devices, np.zeros((devices, 0), np.int32), trace=True)
+    compare(result, *reference(program, machine, devices))
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_equals_the_cycle_stepped_reference(seed: int) -> None:
+    check(seed)
