@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numba import config
 from numpy.typing import NDArray
+
 from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import Format, Patch
 from typebar.sim import kernels_matmul

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
-JIT: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy", "boundscheck": False}
-"""Options of every kernel. No `fastmath`: it would change results."""
+from typebar.sim.kernels_jit import compiled
 
 SIGN = np.int32(-0x80000000)
 MAGNITUDE = np.int32(0x7FFFFFFF)
@@ -48,32 +47,32 @@ def bits_f32(_context: Any, x: Any) -> Any:
     return types.float32(types.int32), generate
 
 
-@njit(**JIT)
+@compiled
 def flush(x):  # type: ignore[no-untyped-def]
     """Zero of x's sign if its exponent field is 0, else x."""
     bits = f32_bits(x)
     return bits_f32(bits & SIGN) if bits & EXPONENT == 0 else x
 
 
-@njit(**JIT)
+@compiled
 def canonical(x):  # type: ignore[no-untyped-def]
     """x flushed, and any NaN the one NaN."""
     return bits_f32(NAN_BITS) if x != x else flush(x)
 
 
-@njit(**JIT)
+@compiled
 def f32_add(a, b):  # type: ignore[no-untyped-def]
     """a + b by the vector unit's rules (a sum below 2^-126 is exact, so flushing it after the fact is right)."""
     return canonical(flush(a) + flush(b))
 
 
-@njit(**JIT)
+@compiled
 def f32_sub(a, b):  # type: ignore[no-untyped-def]
     """a - b by the vector unit's rules."""
     return canonical(flush(a) - flush(b))
 
 
-@njit(**JIT)
+@compiled
 def f32_mul(a, b):  # type: ignore[no-untyped-def]
     """a * b by the vector unit's rules: the float64 product is exact, so tininess is seen before rounding."""
     exact = np.float64(flush(a)) * np.float64(flush(b))
@@ -83,14 +82,14 @@ def f32_mul(a, b):  # type: ignore[no-untyped-def]
     return bits_f32(NAN_BITS) if rounded != rounded else rounded
 
 
-@njit(**JIT)
+@compiled
 def f32_order(x):  # type: ignore[no-untyped-def]
     """An int32 that orders canonical values like the maximum: -inf < ... < -0 < +0 < ... < +inf < NaN."""
     bits = f32_bits(x)
     return np.int32(bits ^ MAGNITUDE) if bits < 0 else bits
 
 
-@njit(**JIT)
+@compiled
 def f32_max(a, b):  # type: ignore[no-untyped-def]
     """The larger of a and b by the vector unit's rules."""
     a, b = canonical(a), canonical(b)

@@ -8,11 +8,10 @@ instructions: the largest sum of exponents E, then the sum of w x 2^(23-E), each
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
 from typebar.sim.kernels_bits import (
     EXPONENT,
     FLAG_OPERAND_OVERFLOW,
-    JIT,
     MAGNITUDE,
     NAN_BITS,
     OPERAND_MAX_BITS,
@@ -22,6 +21,7 @@ from typebar.sim.kernels_bits import (
     f32_add,
     f32_bits,
 )
+from typebar.sim.kernels_jit import compiled
 from typebar.sim.kernels_simd import GROUP, as_operand, decode_groups, multiply_groups, sum_groups
 
 MAX_FAST_EXPONENT = 125
@@ -30,7 +30,7 @@ PATCH_COLUMN = 1
 PATCH_LANE = 2
 
 
-@njit(**JIT)
+@compiled
 def convert_vectors(x, k, lanes, padded, operands, powers, has_nan):  # type: ignore[no-untyped-def]
     """Operands of the first k values of each row of x [m, k], and 2^exponent of each (0 for zero).
 
@@ -54,14 +54,14 @@ def convert_vectors(x, k, lanes, padded, operands, powers, has_nan):  # type: ig
     return flags
 
 
-@njit(**JIT)
+@compiled
 def _decode_rest(raw, at, first, count, padded, values):  # type: ignore[no-untyped-def]
     """Operands of the elements first..count-1 of a chunk that starts at index `at`, and zeros up to `padded`."""
     for i in range(first, padded):
         values[i] = as_operand(raw[at + i]) if i < count else np.float32(0)
 
 
-@njit(**JIT)
+@compiled
 def _exact_sum(w, x, at, count):  # type: ignore[no-untyped-def]
     """A chunk's sum by integers, for any operands; returns (sum, flags)."""
     flags = 0
@@ -93,7 +93,7 @@ def _exact_sum(w, x, at, count):  # type: ignore[no-untyped-def]
     return np.float32(np.float64(np.float32(total)) * 2.0 ** np.float64(top - 23)), flags
 
 
-@njit(**JIT)
+@compiled
 def matmul_columns(  # type: ignore[no-untyped-def]
     stored, operands, powers, has_nan, k, lanes, padded, width, columns, last_width,
     patch_kind, patch_at, patch, first, last, out,
@@ -145,7 +145,7 @@ def matmul_columns(  # type: ignore[no-untyped-def]
     return flags
 
 
-@njit(**JIT)
+@compiled
 def start_accumulators(acc, out):  # type: ignore[no-untyped-def]
     """Copy start values, canonical, to out (both [m, n])."""
     for r in range(out.shape[0]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
 from typebar.isa.instructions import Function
 from typebar.isa.numerics.unary import (
     EXP_MAX_EXPONENT,
@@ -17,7 +17,8 @@ from typebar.isa.numerics.unary import (
     TANH_SPLIT,
 )
 from typebar.isa.numerics.unary_rom import FRACTION_BITS, OFFSET_BITS, REGIONS, Curve
-from typebar.sim.kernels_bits import EXPONENT, JIT, NAN_BITS, bits_f32, canonical, f32_bits, f32_max
+from typebar.sim.kernels_bits import EXPONENT, NAN_BITS, bits_f32, canonical, f32_bits, f32_max
+from typebar.sim.kernels_jit import compiled
 
 _HALF = 1 << (OFFSET_BITS - 2)
 _EXP2, _EXP2_BITS = REGIONS[Curve.EXP2].base, REGIONS[Curve.EXP2].index_bits + OFFSET_BITS
@@ -31,7 +32,7 @@ TANH, SIGMOID, SILU = int(Function.TANH), int(Function.SIGMOID), int(Function.SI
 GELU_ERF, GELU_TANH, RELU = int(Function.GELU_ERF), int(Function.GELU_TANH), int(Function.RELU)
 
 
-@njit(**JIT)
+@compiled
 def _shift(value, right):  # type: ignore[no-untyped-def]
     """value * 2^-right, rounded half up."""
     if right <= 0:
@@ -39,7 +40,7 @@ def _shift(value, right):  # type: ignore[no-untyped-def]
     return (value + (np.int64(1) << (min(right, 61) - 1))) >> min(right, 61)
 
 
-@njit(**JIT)
+@compiled
 def _curve(base, position):  # type: ignore[no-untyped-def]
     """(p, power) of a curve at a position in units of 2^-18 segments."""
     word = ROM[base + (position >> OFFSET_BITS)]
@@ -49,13 +50,13 @@ def _curve(base, position):  # type: ignore[no-untyped-def]
     return word[0] + ((s * t + _HALF) >> (OFFSET_BITS - 1)), -FRACTION_BITS - word[4]
 
 
-@njit(**JIT)
+@compiled
 def _at(base, bits, m, e):  # type: ignore[no-untyped-def]
     """(p, power) of a curve at m 2^(e-23), which lies below the curve's limit."""
     return _curve(base, _shift(m, 23 - bits - e))
 
 
-@njit(**JIT)
+@compiled
 def _exp(negative, m, e):  # type: ignore[no-untyped-def]
     y = _shift(m * LOG2_E, 23 + LOG2_E_FRACTION_BITS - _EXP2_BITS - min(e, EXP_MAX_EXPONENT))
     if negative:
@@ -64,20 +65,20 @@ def _exp(negative, m, e):  # type: ignore[no-untyped-def]
     return p, power + 1 + (y >> _EXP2_BITS)
 
 
-@njit(**JIT)
+@compiled
 def _complement(p, power):  # type: ignore[no-untyped-def]
     """1 - p 2^power."""
     shift = min(-FRACTION_BITS - power, 61)
     return (np.int64(1) << ONE_BITS) - ((p << (ONE_BITS - FRACTION_BITS)) >> shift), np.int64(-ONE_BITS)
 
 
-@njit(**JIT)
+@compiled
 def _sigmoid(negative, m, e, a):  # type: ignore[no-untyped-def]
     p, power = _at(_SIGMOID, _SIGMOID_BITS, m, e) if a < SIGMOID_LIMIT else _exp(True, m, e)
     return (p, power) if negative else _complement(p, power)
 
 
-@njit(**JIT)
+@compiled
 def _factor(function, negative, m, e, a):  # type: ignore[no-untyped-def]
     """The factor that GELU or SiLU multiplies x with."""
     if function == SILU:
@@ -89,7 +90,7 @@ def _factor(function, negative, m, e, a):  # type: ignore[no-untyped-def]
     return (p, power) if negative else _complement(p, power)
 
 
-@njit(**JIT)
+@compiled
 def _tanh(m, e, a):  # type: ignore[no-untyped-def]
     if a < TANH_SPLIT:
         p, power = _at(_TANH, _TANH_BITS, m, e)
@@ -100,7 +101,7 @@ def _tanh(m, e, a):  # type: ignore[no-untyped-def]
     return _complement(2 * p, power)
 
 
-@njit(**JIT)
+@compiled
 def _round(p, power):  # type: ignore[no-untyped-def]
     """float32 bits of p 2^power, p >= 0."""
     if p == 0:
@@ -120,7 +121,7 @@ def _round(p, power):  # type: ignore[no-untyped-def]
     return min((min(exponent, 128) + 126 << 23) + p, np.int64(EXPONENT))
 
 
-@njit(**JIT)
+@compiled
 def _finite(function, negative, m, e, a):  # type: ignore[no-untyped-def]
     """Magnitude bits of a function of +-m 2^(e-23), where no special case applies."""
     if function == EXP:
@@ -146,7 +147,7 @@ def _finite(function, negative, m, e, a):  # type: ignore[no-untyped-def]
     return _round(p, power)
 
 
-@njit(**JIT)
+@compiled
 def f32_unary(function, x):  # type: ignore[no-untyped-def]
     """A unary function of one value; `function` is a `Function` number."""
     if function == RELU:
@@ -174,7 +175,7 @@ def f32_unary(function, x):  # type: ignore[no-untyped-def]
     return bits_f32(result)
 
 
-@njit(**JIT)
+@compiled
 def unary_kernel(function, x, out):  # type: ignore[no-untyped-def]
     """out = function of x, both contiguous float32 [n]."""
     for i in range(x.size):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
 from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import FORMAT_BYTES, Format, Function
 from typebar.isa.numerics import raw_dtype
@@ -14,7 +14,6 @@ from typebar.sim.kernels_bits import (
     EXPONENT,
     FLAG_ARGMAX_NAN,
     FLAG_STORE_SATURATED,
-    JIT,
     MAGNITUDE,
     NAN_BITS,
     bits_f32,
@@ -26,13 +25,14 @@ from typebar.sim.kernels_bits import (
     f32_sub,
     flush,
 )
+from typebar.sim.kernels_jit import compiled
 from typebar.sim.kernels_simd import as_operand
 from typebar.sim.kernels_unary import unary_kernel
 
 F32Array = NDArray[np.float32]
 
 
-@njit(**JIT)
+@compiled
 def _add(a, b, out):  # type: ignore[no-untyped-def]
     if b.size == 1:
         for i in range(out.size):
@@ -42,7 +42,7 @@ def _add(a, b, out):  # type: ignore[no-untyped-def]
             out[i] = f32_add(a[i], b[i])
 
 
-@njit(**JIT)
+@compiled
 def _sub(a, b, out):  # type: ignore[no-untyped-def]
     if b.size == 1:
         for i in range(out.size):
@@ -52,7 +52,7 @@ def _sub(a, b, out):  # type: ignore[no-untyped-def]
             out[i] = f32_sub(a[i], b[i])
 
 
-@njit(**JIT)
+@compiled
 def _mul(a, b, out):  # type: ignore[no-untyped-def]
     if b.size == 1:
         for i in range(out.size):
@@ -62,7 +62,7 @@ def _mul(a, b, out):  # type: ignore[no-untyped-def]
             out[i] = f32_mul(a[i], b[i])
 
 
-@njit(**JIT)
+@compiled
 def _maximum(a, b, out):  # type: ignore[no-untyped-def]
     if b.size == 1:
         for i in range(out.size):
@@ -101,7 +101,7 @@ def maximum(a: F32Array, b: F32Array | np.float32 | float) -> F32Array:
     return _binary(_maximum, a, b)
 
 
-@njit(**JIT)
+@compiled
 def _tree_sum(x, square):  # type: ignore[no-untyped-def]
     n = x.size
     if n == 0:
@@ -119,7 +119,7 @@ def _tree_sum(x, square):  # type: ignore[no-untyped-def]
     return work[0]
 
 
-@njit(**JIT)
+@compiled
 def _reduce_max(x):  # type: ignore[no-untyped-def]
     best = np.float32(-np.inf)
     for i in range(x.size):
@@ -127,7 +127,7 @@ def _reduce_max(x):  # type: ignore[no-untyped-def]
     return best
 
 
-@njit(**JIT)
+@compiled
 def _argmax(x):  # type: ignore[no-untyped-def]
     best, index, flags = np.float32(-np.inf), 0, 0
     for i in range(x.size):
@@ -171,7 +171,7 @@ def unary(function: Function, x: F32Array) -> F32Array:
     return out
 
 
-@njit(**JIT)
+@compiled
 def _to_half(x):  # type: ignore[no-untyped-def]
     """fp16 bits of a float32 and whether it saturated."""
     bits = np.int64(f32_bits(x))
@@ -191,7 +191,7 @@ def _to_half(x):  # type: ignore[no-untyped-def]
     return sign | (significand + half - 1 + ((significand >> drop) & 1)) >> drop, 0
 
 
-@njit(**JIT)
+@compiled
 def _encode_half(x, raw):  # type: ignore[no-untyped-def]
     flags = 0
     for i in range(x.size):
@@ -200,7 +200,7 @@ def _encode_half(x, raw):  # type: ignore[no-untyped-def]
     return flags
 
 
-@njit(**JIT)
+@compiled
 def _encode_bf16(x, raw):  # type: ignore[no-untyped-def]
     flags = 0
     for i in range(x.size):
@@ -217,7 +217,7 @@ def _encode_bf16(x, raw):  # type: ignore[no-untyped-def]
     return flags
 
 
-@njit(**JIT)
+@compiled
 def _encode_int8(x, raw):  # type: ignore[no-untyped-def]
     flags = 0
     for i in range(x.size):
@@ -234,14 +234,14 @@ def _encode_int8(x, raw):  # type: ignore[no-untyped-def]
     return flags
 
 
-@njit(**JIT)
+@compiled
 def _decode_half(raw, out):  # type: ignore[no-untyped-def]
     for i in range(raw.size):
         value = as_operand(raw[i])
         out[i] = bits_f32(NAN_BITS) if value != value else value
 
 
-@njit(**JIT)
+@compiled
 def _decode_bf16(raw, out):  # type: ignore[no-untyped-def]
     for i in range(raw.size):
         bits = np.int32(np.uint32(raw[i]) << np.uint32(16))

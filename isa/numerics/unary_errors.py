@@ -19,7 +19,7 @@ from typebar.isa.instructions import Function
 from typebar.isa.numerics.formats import MIN_NORMAL, F32Array, from_bits
 from typebar.isa.numerics.unary import unary
 
-Wide = NDArray[np.longdouble]
+Wide = NDArray[Any]  # of long doubles
 FLOOR = 2.0**-24
 """Results smaller than this count as this large in `UnaryError.relative`."""
 
@@ -44,12 +44,14 @@ class UnaryError:
 
 def _sigmoid(x: Wide) -> Wide:
     small = np.exp(-np.abs(x))
-    return np.where(x < 0, small, np.ones_like(x)) / (1 + small)
+    sigmoid: Wide = np.where(x < 0, small, np.ones_like(x)) / (1 + small)
+    return sigmoid
 
 
 def _gelu_erf(x: Wide) -> Wide:
-    tail = np.frompyfunc(math.erfc, 1, 1)(np.asarray(-x / np.sqrt(np.longdouble(2)), np.float64))
-    return x * tail.astype(np.longdouble) / 2
+    scaled = np.asarray(-x / np.sqrt(np.longdouble(2)), np.float64)
+    tail: Wide = np.array([math.erfc(value) for value in scaled.tolist()], np.longdouble)
+    return x * tail / 2
 
 
 def _gelu_tanh(x: Wide) -> Wide:
