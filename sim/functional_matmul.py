@@ -72,14 +72,14 @@ class _Modifiers:
 def _rows(
     vector: NDArray[np.float32], base: int, length: int, outer: int, inner: int, outer_step: int, inner_step: int
 ) -> NDArray[np.float32]:
-    """Register words as a matrix [outer * inner, length]: a view for a single row, else a copy."""
+    """Register words as a matrix [outer * inner, length]; it may alias the registers."""
     if length == 0:
         return np.empty((outer * inner, 0), np.float32)  # a base without words may lie anywhere
     if outer * inner == 1:
         return vector[base : base + length].reshape(1, length)
     shape, steps = (outer, inner, length), (outer_step, inner_step, 1)
     view = strided(vector, np.float32, base * _WORD_BYTES, shape, [step * _WORD_BYTES for step in steps])
-    return np.ascontiguousarray(view).reshape(outer * inner, length)
+    return view.reshape(outer * inner, length)
 
 
 def _epilogue(
