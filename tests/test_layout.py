@@ -22,7 +22,8 @@ sizes = st.tuples(st.integers(0, 40), st.integers(0, 150))
 def numbered(rows: int, columns: int, element_bytes: int) -> np.ndarray:
     """Elements that differ, and are not zero, as far as their width allows."""
     count = np.arange(1, rows * columns + 1).reshape(rows, columns)
-    return (count % (2 ** (8 * element_bytes) - 1) + 1).astype(f"u{element_bytes}")
+    values = count % (2 ** (8 * element_bytes) - 1) + 1
+    return np.asarray(values, f"u{element_bytes}")
 
 
 def by_hand(matrix: np.ndarray, lanes: int, block: int, granule: int, full: bool) -> list[int]:
