@@ -22,7 +22,6 @@ FETCH_UNIT = len(Unit)
 UNIT_NAMES = ("issue", "matrix", "vector", "memory", "ring", "fetch")
 MAX_ACCESSES = 8
 """Operand ranges that one instruction can name."""
-MAX_DOT_LENGTH = 65536
 
 
 class Cause(IntEnum):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-from typebar.isa import timing
+from typebar.isa import checks, instructions, timing
 from typebar.isa.instructions import BY_NAME
 from typebar.isa.timing import OP, SLOAD, TimingParameters
 from typebar.sim import timing_state, timing_units
@@ -274,8 +274,9 @@ def _cached(sources: str) -> Callable[[State, TimingParameters, Code, int], tupl
 
 
 def _digest() -> str:
-    files = [module.__file__ for module in (timing, timing_state, timing_units)] + [__file__]
-    return hashlib.sha256(b"".join(Path(str(file)).read_bytes() for file in files)).hexdigest()
+    modules = (checks, instructions, timing, timing_state, timing_units)
+    files = [str(module.__file__) for module in modules] + [__file__]
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
 advance = _cached(_digest())

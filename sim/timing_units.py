@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from typebar.isa.checks import MAX_DOT_LENGTH
 from typebar.isa.machine import LINE_BYTES
 from typebar.isa.timing import (
     LAST_HBM_REGION,
     LOAD,
-    MAX_DOT_LENGTH,
     S_BYTE,
     S_INNER,
     S_INNER_BYTES,
