@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from typebar.isa.errors import TypebarError
+from typebar.isa.instructions import INSTRUCTIONS, Kind
 from typebar.isa.layout import packed_layout
 from typebar.isa.machine import Machine
 from typebar.isa.program import Op, Operand, Program, assemble, op
@@ -154,6 +155,41 @@ def test_a_better_machine_is_never_slower(program: Program, machine: Machine, de
     }
     before = run(program, machine, devices).total_cycles
     assert run(program, machine.override({key: better[key]}), devices).total_cycles <= before
+
+
+EXTREMES = st.sampled_from([0, 1, 2, 8, 64, 255, 256, 257, -1, -8, 65536, 2**19 - 1, -(2**19)])
+SMALL = Machine.load("tiny").override({"vector.words": "256", "vector.segments": "8"})
+
+
+@st.composite
+def any_op(draw: st.DrawFn) -> Op:
+    """Any legal instruction, its operands often extreme."""
+    kind = draw(st.sampled_from(INSTRUCTIONS))
+    values: dict[str, int | Operand] = {}
+    for item in kind.fields:
+        if item.kind is Kind.OPERAND:
+            values[item.name] = Operand(draw(st.sampled_from([0, 0, 0, 1, 4, 5])), draw(EXTREMES))
+        elif item.values is not None:
+            values[item.name] = draw(st.sampled_from([int(value) for value in item.values]))
+        elif item.kind is Kind.INT32:
+            values[item.name] = draw(st.sampled_from([0, 1, 8, 2**31 - 1, -(2**31), -1]))
+        else:
+            values[item.name] = draw(
+                st.integers(0, {Kind.FLAG: 1, Kind.REGISTER: 6, Kind.TARGET: 12}.get(item.kind, 9))
+            )
+    return Op(kind, values)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(any_op(), min_size=1, max_size=10), st.integers(1, 3))
+def test_any_legal_program_ends_in_a_result_or_one_line(ops: list[Op], devices: int) -> None:
+    program = Program([*ops, op("halt")])
+    try:
+        result = run_timing(program, SMALL, devices, np.zeros((devices, 4), np.int32), max_instructions=100)
+    except TypebarError as error:
+        assert "\n" not in str(error) and str(error).startswith("timing run: ")
+    else:
+        assert result.total_cycles > 0
 
 
 @settings(max_examples=100, deadline=None)
