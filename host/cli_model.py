@@ -93,6 +93,8 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Generate text from a prompt."""
+    if (prompt is None) == (prompt_ids is None):
+        raise TypebarError("run takes one of --prompt TEXT and --prompt-ids ID,ID,...: give exactly one")
     from typebar.host import api
 
     ids = None if prompt_ids is None else token_ids(prompt_ids)

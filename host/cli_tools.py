@@ -149,9 +149,24 @@ def split_passes(text: str) -> list[str]:
 
 
 def unary_errors(as_json: Json = False) -> None:
-    """Measure the largest error of each unary function; takes some seconds."""
-    from typebar.isa.numerics.unary_report import unary_error_report
+    """Measure the largest error of each unary function; takes about ten seconds."""
+    from typebar.isa.numerics.unary_errors import unary_error_report
 
-    report = unary_error_report()
+    found = [asdict(item) | {"function": item.function.name.lower()} for item in unary_error_report()]
     if as_json:
-        print_json(report)
+        print_json(found)
+        return
+    rows = [
+        (
+            item["function"],
+            item["inputs"],
+            f"{item['ulp']:.3f}",
+            f"{item['at']:.6g}",
+            f"{item['ulp_above_floor']:.3f}",
+            f"{item['relative']:.2e}",
+            f"{item['absolute']:.2e}",
+        )
+        for item in found
+    ]
+    header = ("function", "inputs", "ULP", "at", "ULP, |y| >= 2^-24", "relative", "absolute")
+    print_table("Largest errors of the unary functions", header, rows, numbers=(2, 3, 4, 5, 6))
