@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from typebar.host import generation
 from typebar.host.engine import Engine
+from typebar.host.facts import image_facts
 from typebar.host.report import SimulationReport, simulate
 from typebar.host.sampling import Sampler, SamplingSettings
 from typebar.host.select import Candidate, candidates
@@ -140,7 +141,7 @@ class TextModel:
     def __init__(self, image: Image, chain: Sequence[Candidate], reasons: Sequence[str]) -> None:
         """Not for callers: use `load`."""
         self.image = image
-        self._vocab = int(image.manifest.model["vocab"])
+        self._facts = image_facts(image)
         self._tokenizer = TextTokenizer(image.tokenizer) if image.tokenizer else None
         self._chain = generation.Chain(image, chain, reasons)
 
@@ -196,7 +197,7 @@ class TextModel:
         if not do_sample and settings != SamplingSettings(seed=seed):
             raise TypebarError("temperature, top_k and top_p act only when sampling: give do_sample, or leave them out")
         given = self._prompt(prompt, input_ids)
-        generation.check_length(self.image, len(given), max_new_tokens)
+        generation.check_length(self._facts.context, len(given), max_new_tokens)
         sampler = Sampler(settings) if do_sample else None
         request = generation.Request(given, max_new_tokens, self._end(eos_token_id), sampler)
         text = self._run(request, streamer)
@@ -220,8 +221,8 @@ class TextModel:
             TypebarError: no tokens, more than the context, or one outside the vocabulary.
             DeviceError: every device failed.
         """
-        given = generation.check_tokens(self.image, tokens)
-        rows = np.empty((len(given), self._vocab), np.float32)
+        given = generation.check_tokens(self._facts, tokens)
+        rows = np.empty((len(given), self._facts.vocab), np.float32)
         done = 0
 
         def work(engine: Engine) -> None:
@@ -250,17 +251,16 @@ class TextModel:
         if (prompt is None) == (input_ids is None):
             raise TypebarError("give exactly one of prompt (text) and input_ids (token ids)")
         if input_ids is not None:
-            return generation.check_tokens(self.image, input_ids)
+            return generation.check_tokens(self._facts, input_ids)
         if not isinstance(prompt, str):
             raise TypebarError(f"the prompt must be text, not {type(prompt).__name__}: give token ids as input_ids")
-        return generation.check_tokens(self.image, self.tokenizer.encode(prompt))
+        return generation.check_tokens(self._facts, self.tokenizer.encode(prompt))
 
     def _end(self, token: int | None) -> int | None:
         if token is None:
-            own = self.image.manifest.model["eos"]
-            return None if own is None else int(own)
-        if isinstance(token, bool) or not isinstance(token, int) or not -1 <= token < self._vocab:
-            raise TypebarError(f"eos_token_id must be from 0 to {self._vocab - 1}, or -1 for none, not {token!r}")
+            return self._facts.end
+        if isinstance(token, bool) or not isinstance(token, int) or not -1 <= token < self._facts.vocab:
+            raise TypebarError(f"eos_token_id must be from 0 to {self._facts.vocab - 1}, or -1 for none, not {token!r}")
         return None if token == -1 else token
 
     def _run(self, request: generation.Request, streamer: Streamer | None) -> str | None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from typebar.compiler.emit.head import DESCRIPTOR_WORDS, STORE_LOGITS
 from typebar.host.device import Bytes, Device, Register
 from typebar.host.engine import Engine, OnToken
+from typebar.host.facts import image_facts
 from typebar.isa.errors import TypebarError
 from typebar.isa.image import Image
 from typebar.isa.image_plan import PACKED_REGIONS
@@ -39,8 +40,8 @@ class DeviceEngine(Engine):
         if device.ranks != manifest.devices:
             raise TypebarError(f"the image is for {manifest.devices} devices and {device.name} has {device.ranks}")
         self.kind, self.name = kind, device.name
-        self._device, self._io = device, manifest.io
-        self._entry, self._vocab = manifest.entries["main"], int(manifest.model["vocab"])
+        facts = image_facts(image)
+        self._device, self._io, self._entry, self._vocab = device, facts.io, facts.entry, facts.vocab
         self._flags: dict[NumericFlag, str] = {}
         device.load(image.program)
         for rank in range(device.ranks):
@@ -69,9 +70,9 @@ class DeviceEngine(Engine):
 
         def poll() -> None:
             nonlocal seen
-            ready = self._words(0, self._io["descriptor_line"], DESCRIPTOR_WORDS["generated"], 1)[0]
+            ready = self._words(0, self._io.descriptor_line, DESCRIPTOR_WORDS["generated"], 1)[0]
             if seen < ready <= count:
-                fresh = self._words(0, self._io["tokens_line"], first + seen, ready - seen)
+                fresh = self._words(0, self._io.tokens_line, first + seen, ready - seen)
                 for token in fresh:
                     seen += 1
                     on_token(int(token))
@@ -98,10 +99,10 @@ class DeviceEngine(Engine):
         for name, value in values.items():
             descriptor[DESCRIPTOR_WORDS[name]] = value
         given = _bytes(np.asarray(tokens, "<i4"))
-        place = self._io["tokens_line"] * LINE_BYTES + self.position * _WORD
+        place = self._io.tokens_line * LINE_BYTES + self.position * _WORD
         for rank in range(self._device.ranks):
             self._device.write(rank, Region.IO, place, given)
-            self._device.write(rank, Region.IO, self._io["descriptor_line"] * LINE_BYTES, _bytes(descriptor))
+            self._device.write(rank, Region.IO, self._io.descriptor_line * LINE_BYTES, _bytes(descriptor))
         self._device.launch(self._entry)
 
     def _finish(self, fed: int) -> None:
@@ -114,8 +115,8 @@ class DeviceEngine(Engine):
                     self._flags[flag] = f"{_FLAG_TEXT[flag]} (instruction {pc} of device {rank})"
 
     def _read_logits(self) -> NDArray[np.float32]:
-        each = self._io["logits_per_device"]
-        parts = [self._words(rank, self._io["logits_line"], 0, each) for rank in range(self._device.ranks)]
+        each = self._io.logits_per_device
+        parts = [self._words(rank, self._io.logits_line, 0, each) for rank in range(self._device.ranks)]
         return np.concatenate(parts).view(np.float32)[: self._vocab]
 
     def _words(self, rank: int, line: int, first: int, count: int) -> NDArray[np.int32]:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from typebar.host.device import DeviceError
 from typebar.host.engine import Engine, OnToken
+from typebar.host.facts import ImageFacts
 from typebar.host.sampling import Sampler
 from typebar.host.select import Candidate
 from typebar.isa.errors import TypebarError
@@ -79,35 +80,33 @@ class Request:
     """New tokens so far."""
 
 
-def check_tokens(image: Image, tokens: Sequence[int]) -> list[int]:
+def check_tokens(facts: ImageFacts, tokens: Sequence[int]) -> list[int]:
     """The token ids as plain integers.
 
     Raises:
         TypebarError: there are none, one is no integer or is outside the vocabulary, or they exceed the context.
     """
-    vocab, context = int(image.manifest.model["vocab"]), int(image.manifest.model["context"])
     if not len(tokens):
         raise TypebarError("the prompt is empty: give at least one token of text")
-    if len(tokens) > context:
-        raise TypebarError(f"the prompt has {len(tokens)} tokens and the model's context holds {context}: shorten it")
+    if len(tokens) > facts.context:
+        raise TypebarError(f"{len(tokens)} tokens exceed the model's context of {facts.context}: shorten the prompt")
     ids: list[int] = []
     for item in tokens:
         try:
             ids.append(operator.index(item))
         except TypeError:
             raise TypebarError(f"token {item!r} is not an integer: give a flat sequence of token ids") from None
-        if not 0 <= ids[-1] < vocab:
-            raise TypebarError(f"token {ids[-1]} is outside the vocabulary: ids go from 0 to {vocab - 1}")
+        if not 0 <= ids[-1] < facts.vocab:
+            raise TypebarError(f"token {ids[-1]} is outside the vocabulary: ids go from 0 to {facts.vocab - 1}")
     return ids
 
 
-def check_length(image: Image, prompt_tokens: int, new_tokens: int) -> None:
+def check_length(context: int, prompt_tokens: int, new_tokens: int) -> None:
     """Refuse to generate nothing, or beyond the model's context.
 
     Raises:
         TypebarError: names both numbers, and how many new tokens there is room for.
     """
-    context = int(image.manifest.model["context"])
     if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 1:
         raise TypebarError(f"max_new_tokens must be an integer, at least 1, not {new_tokens!r}")
     if prompt_tokens >= context:

@@ -8,6 +8,9 @@ Definitions, for a prompt of P tokens and N new ones on D devices:
   to, averaged over the decode passes (positions P to P + N - 2); all devices. `hbm_bytes_per_token` is this number.
 - limit_ms_per_token: useful bytes per token / (D x HBM bytes per second of one device).
 - hbm_utilization: limit_ms_per_token / ms_per_token.
+- hbm: bytes that all devices move in the whole run. weight_bytes, kv_bytes and kv_stored_bytes are the model's own;
+  what is fetched beyond them is padding (of shapes that do not divide, of rows and of blocks), and what is written
+  beyond them are partial writes (a row holds more than the elements stored).
 - host_ms: both directions' latency, and the prompt, descriptor and new tokens at the link's rate.
 - total_ms: all cycles at the clock, and host_ms.
 - breakdown: cycles of device 0's matrix unit by cause; they sum to total_cycles, as every unit's do.
@@ -18,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +30,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from typebar.compiler.emit.head import DESCRIPTOR_WORDS
+from typebar.compiler.memory import IoMap
+from typebar.host.facts import image_facts
 from typebar.host.generation import count_of
 from typebar.isa.errors import TypebarError
 from typebar.isa.image import Image
 from typebar.isa.image_manifest import check_machine
+from typebar.isa.image_plan import TensorPlan
+from typebar.isa.instructions import FORMAT_BYTES, Format, Region
 from typebar.isa.machine import LINE_BYTES, Machine
 from typebar.isa.program import Program, encode
 from typebar.sim.timing import TimingResult, run_timing
@@ -73,8 +80,10 @@ class _Subject:
     machine: Machine
     devices: int
     context: int
-    io: Mapping[str, int]
+    entry: int
+    io: IoMap
     accounting: Mapping[str, int]
+    head_bytes: int
 
 
 def simulate(
@@ -108,7 +117,9 @@ def simulate(
     _check_lengths(prompt_tokens, new_tokens, subject.context)
     io = _io_words(subject, prompt_tokens, new_tokens)
     running = time.perf_counter()
-    result = run_timing(subject.program, subject.machine, subject.devices, io, trace=trace is not None)
+    result = run_timing(
+        subject.program, subject.machine, subject.devices, io, entry=subject.entry, trace=trace is not None
+    )
     seconds = time.perf_counter() - running
     if trace is not None:
         from typebar.sim.trace import write_perfetto
@@ -137,8 +148,17 @@ def _subject(
             raise TypebarError(
                 f"the image is for {count_of(manifest.devices, 'device')}, not {devices}: compile it for {devices}"
             )
-        context = int(manifest.model["context"])
-        return _Subject(image.program, chosen, manifest.devices, context, manifest.io, manifest.accounting)
+        facts = image_facts(image)
+        return _Subject(
+            image.program,
+            chosen,
+            manifest.devices,
+            facts.context,
+            facts.entry,
+            facts.io,
+            facts.accounting,
+            _head_bytes(manifest.tensors, Format[manifest.weights_format.upper()]),
+        )
 
 
 def _compiled(source: str | os.PathLike[str], machine: Machine, devices: int, weights: str) -> _Subject:
@@ -154,8 +174,9 @@ def _compiled(source: str | os.PathLike[str], machine: Machine, devices: int, we
         known = ", ".join([*SHAPES, *places])
         raise TypebarError(f"there is no image {name!r}, and no shape of that name; shapes and models are: {known}")
     made = driver.build(load_model(places.get(name, source) if name not in SHAPES else name), machine, devices, fmt)
-    io, memory = asdict(made.memory.io), made.memory
-    return _Subject(made.program, machine, devices, int(made.model.config["context"]), io, memory.accounting)
+    context, memory = int(made.model.config["context"]), made.memory
+    head = _head_bytes(memory.plans, fmt)
+    return _Subject(made.program, machine, devices, context, 0, memory.io, memory.accounting, head)
 
 
 def _check_lengths(prompt: int, new: int, context: int) -> None:
@@ -170,8 +191,8 @@ def _check_lengths(prompt: int, new: int, context: int) -> None:
 
 def _io_words(subject: _Subject, prompt: int, new: int) -> NDArray[np.int32]:
     """The IO region of every device before the launch; the prompt's tokens are zeros."""
-    words = np.zeros((subject.devices, subject.io["bytes"] // _WORD), np.int32)
-    first = subject.io["descriptor_line"] * LINE_BYTES // _WORD
+    words = np.zeros((subject.devices, subject.io.bytes // _WORD), np.int32)
+    first = subject.io.descriptor_line * LINE_BYTES // _WORD
     for name, value in {"count": prompt, "new": new, "eos": -1}.items():
         words[:, first + DESCRIPTOR_WORDS[name]] = value
     return words
@@ -194,7 +215,7 @@ def _report(
         decode=_decode(subject, prompt, new, result.total_cycles - prefill),
         breakdown=dict(result.causes[0]["matrix"]),
         units={unit: dict(causes) for unit, causes in result.causes[0].items()},
-        hbm=_hbm(result),
+        hbm=_hbm(subject, result, prompt, new),
         program_bytes=len(words),
         program_sha256=hashlib.sha256(words).hexdigest(),
         instructions=sum(counters.instructions for counters in result.counters),
@@ -208,7 +229,7 @@ def _report(
 
 def _first_token(subject: _Subject, result: TimingResult, prompt: int) -> int:
     """Cycle from which the host can see the first new token on device 0."""
-    place = subject.io["tokens_line"] * LINE_BYTES + prompt * _WORD
+    place = subject.io.tokens_line * LINE_BYTES + prompt * _WORD
     for store in result.stores:
         if store.device == 0 and store.line * LINE_BYTES + store.byte == place:
             return store.cycle
@@ -236,21 +257,28 @@ def _decode(subject: _Subject, prompt: int, new: int, cycles: int) -> dict[str, 
     return {"tokens": tokens, "cycles": cycles, **figures}
 
 
-def _hbm(result: TimingResult) -> dict[str, int]:
-    """Bytes that HBM moved in the whole run, all devices together, useful ones and the others apart."""
+def _hbm(subject: _Subject, result: TimingResult, prompt: int, new: int) -> dict[str, int]:
+    """Bytes that HBM moved in the whole run, all devices together: the model's own, and the others apart."""
 
     def total(name: str) -> int:
         return sum(int(getattr(counters, name)) for counters in result.counters)
 
-    fetched = {"weights": total("weights_fetched_bytes"), "kv": total("kv_fetched_bytes")}
-    useful = {"weights": total("weights_useful_bytes"), "kv": total("kv_useful_bytes")}
-    written, stored = total("kv_written_bytes"), total("kv_useful_written_bytes")
+    passes, per_position = prompt + new - 1, subject.accounting["kv_bytes_per_position"]
+    weights = subject.accounting["weight_bytes"] * passes - subject.head_bytes * (prompt - 1)
+    kv, stored = per_position * passes * (passes + 1) // 2, per_position * passes
+    moved = {name: total(f"{name}_bytes") for name in ("weights_fetched", "kv_fetched", "kv_written")}
     return {
-        "weights_useful_bytes": useful["weights"],
-        "weights_padding_bytes": fetched["weights"] - useful["weights"],
-        "kv_useful_bytes": useful["kv"],
-        "kv_padding_bytes": fetched["kv"] - useful["kv"],
+        "weight_bytes": weights,
+        "weight_padding_bytes": moved["weights_fetched"] - weights,
+        "kv_bytes": kv,
+        "kv_padding_bytes": moved["kv_fetched"] - kv,
         "kv_stored_bytes": stored,
-        "kv_partial_write_bytes": written - stored,
-        "total_bytes": fetched["weights"] + fetched["kv"] + written,
+        "kv_partial_write_bytes": moved["kv_written"] - stored,
+        "total_bytes": sum(moved.values()),
     }
+
+
+def _head_bytes(plans: Sequence[TensorPlan], fmt: Format) -> int:
+    """Unpadded bytes of the logits' matrix, which passes inside the prompt skip; the compiler plans it last."""
+    meta = next(plan.meta for plan in reversed(plans) if plan.region is Region.WEIGHTS)
+    return int(meta["rows"]) * sum(int(item["size"]) for item in meta["segments"]) * FORMAT_BYTES[fmt]

@@ -85,7 +85,8 @@ def probabilities(logits: NDArray[np.float32], settings: SamplingSettings) -> ND
     largest = values.max()
     if not np.isfinite(largest):
         raise TypebarError(f"cannot sample: the largest logit is {largest}; the model's weights are broken")
-    scaled = (values - largest) / settings.temperature
+    with np.errstate(over="ignore"):  # to minus infinity: no chance at all
+        scaled = (values - largest) / settings.temperature
     if settings.top_k is not None and settings.top_k < scaled.size:
         scaled[scaled < np.partition(scaled, -settings.top_k)[-settings.top_k]] = -np.inf
     chances: NDArray[np.float64] = np.exp(scaled)

@@ -83,7 +83,7 @@ def _named(device: str, reasons: list[str]) -> tuple[list[Candidate], list[str]]
     if device not in NAMES:
         raise TypebarError(f"there is no device {device!r}: choose one of {', '.join(NAMES)}")
     if device == "sim":
-        # The reason why a GPU is passed over matters only if torch has to take over: opening it gives that.
+        # Not the list below: asking for a GPU imports torch, which the simulator does not need.
         return [Candidate("sim", simulated), Candidate("torch", _torch_best)], reasons
     from typebar.host.torch_device import cuda_absent
 
@@ -109,8 +109,10 @@ def _torch_best(image: Image) -> Engine:
     if cuda_absent() is None:
         try:
             return _torch("cuda")(image)
-        except DeviceError:
-            pass
+        except DeviceError as error:
+            engine = _torch("cpu")(image)
+            engine.name += f" (torch-cuda not taken: {error})"
+            return engine
     return _torch("cpu")(image)
 
 

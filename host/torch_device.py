@@ -27,9 +27,10 @@ class TorchEngine(Engine):
             DeviceError: the GPU fails or has too little memory.
             TypebarError: the image's graph or weights are damaged.
         """
-        self.name = "torch float32 on the CPU" if device == "cpu" else f"torch float32 on {_gpu_name()}"
+        self.name = f"torch float32 on {device}"
         lookup = unpack_weights(image)
         try:
+            self.name = f"torch float32 on {'the CPU' if device == 'cpu' else torch.cuda.get_device_name()}"
             self._step = StepInterpreter(image.graph, lambda name: torch.from_numpy(lookup(name)), device=device)
         except RuntimeError as error:
             raise _failure(self.name, error) from error
@@ -65,10 +66,6 @@ def cuda_absent() -> str | None:
         return None
     built = torch.version.cuda is not None or torch.version.hip is not None
     return "torch sees no GPU" if built else "this build of torch has no CUDA support"
-
-
-def _gpu_name() -> str:
-    return str(torch.cuda.get_device_name())
 
 
 def _failure(name: str, error: RuntimeError) -> DeviceError:
