@@ -335,6 +335,7 @@ def _check_rules(machine: Machine, origin: str) -> None:
     """Rules that tie parameters to one another."""
     matrix, vector, row = machine.matrix, machine.vector, machine.row_bytes
     tile_bytes = matrix.columns * matrix.lanes
+    step_bytes = max(machine.fold(1, size) * size * tile_bytes for size in (1, 2, 4))
     rules: list[tuple[bool, str]] = [
         (row >= LINE_BYTES, f"hbm.channels x hbm.channel_bytes = {row}"
          f" must be at least one line of {LINE_BYTES} bytes"),
@@ -351,8 +352,9 @@ def _check_rules(machine: Machine, origin: str) -> None:
         (vector.words % (vector.align * vector.segments) == 0,
          f"vector.words = {vector.words} must be a multiple of vector.align x vector.segments ="
          f" {vector.align * vector.segments}"),
-        (machine.fifo_rows * row >= 2 * 4 * tile_bytes and machine.hbm.fifo_bytes % row == 0,
-         f"hbm.fifo_bytes = {machine.hbm.fifo_bytes} must be whole rows of {row} bytes and hold two float32 tiles"),
+        (machine.hbm.fifo_bytes % row == 0 and machine.hbm.fifo_bytes >= step_bytes,
+         f"hbm.fifo_bytes = {machine.hbm.fifo_bytes} must be whole rows of {row} bytes and hold one step of the matrix"
+         f" unit, {step_bytes} bytes"),
         (machine.attention_block <= vector.words // 2,
          f"attention_block = {machine.attention_block} must fit half the register file, {vector.words // 2} words"),
         (machine.control.program_bytes % LINE_BYTES == 0,

@@ -13,8 +13,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-from typebar.isa.errors import TypebarError
-from typebar.isa.instructions import BY_NAME, FORMAT_BYTES, Format, Patch, Region, Scale, Source, Unit
+from typebar.isa.instructions import BY_NAME, Format, Patch, Region, Scale, Source, Unit
 from typebar.isa.machine import LINE_BYTES, Machine
 
 FETCH_UNIT = len(Unit)
@@ -104,19 +103,8 @@ class TimingParameters(NamedTuple):
 
 
 def timing_parameters(machine: Machine) -> TimingParameters:
-    """The parameters of a machine.
-
-    Raises:
-        TypebarError: if the FIFO cannot hold what one step of the matrix unit consumes: it would never start.
-    """
+    """The parameters of a machine."""
     matrix, vector, control = machine.matrix, machine.vector, machine.control
-    for element_bytes in sorted(set(FORMAT_BYTES.values())):
-        step = machine.fold(1, element_bytes) * matrix.columns * matrix.lanes * element_bytes
-        if step > machine.hbm.fifo_bytes:
-            raise TypebarError(
-                f"hbm.fifo_bytes = {machine.hbm.fifo_bytes} cannot hold one matrix step of {step} bytes:"
-                " raise it, or lower matrix.fifo_port_bytes"
-            )
     return TimingParameters(
         lanes=matrix.lanes,
         columns=matrix.columns,

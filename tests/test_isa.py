@@ -384,7 +384,7 @@ TOML = (Path(__file__).parent.parent / "isa" / "machines" / "tiny.toml").read_te
         (
             "fifo_bytes = 8192",
             "fifo_bytes = 8224",
-            "hbm.fifo_bytes = 8224 must be whole rows of 64 bytes and hold two float32 tiles",
+            "hbm.fifo_bytes = 8224 must be whole rows of 64 bytes and hold one step of the matrix unit, 128 bytes",
         ),
         (
             "fifo_port_bytes = 128",

@@ -337,9 +337,11 @@ def test_bad_arguments_stop_with_one_line() -> None:
         run_timing(program, TINY, 0, np.zeros((0, 4), np.int32))
     with pytest.raises(TypebarError, match=r"shape \[1, 4\]: give one row for each of 2 devices"):
         run_timing(program, TINY, 2, np.zeros((1, 4), np.int32))
-    machine = TINY.override({"matrix.rows": "16", "matrix.fifo_port_bytes": "1024", "hbm.fifo_bytes": "512"})
-    with pytest.raises(TypebarError, match="cannot hold one matrix step of 1024 bytes"):
-        run_timing(program, machine, 1, np.zeros((1, 4), np.int32))
+
+
+def test_a_fifo_that_cannot_hold_one_step_is_refused() -> None:
+    with pytest.raises(TypebarError, match="hold one step of the matrix unit, 1024 bytes"):
+        TINY.override({"matrix.rows": "16", "matrix.fifo_port_bytes": "1024", "hbm.fifo_bytes": "512"})
 
 
 def test_entry_and_growing_records() -> None:

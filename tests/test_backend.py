@@ -1,0 +1,235 @@
+"""The compiler's back half: bits independent of the device count, values near float64, bytes counted to the byte."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import typebar
+from typebar.compiler.driver import Compiled, build, weights_format, write
+from typebar.compiler.evaluate import evaluate_step
+from typebar.compiler.frontend import FrontendModel, load_model
+from typebar.compiler.passes.allocate import AllocationError
+from typebar.compiler.problems import LoweringError
+from typebar.isa.errors import TypebarError
+from typebar.isa.instructions import Format
+from typebar.isa.machine import Machine
+from typebar.isa.program import assemble, disassemble, encode
+from typebar.sim.timing import TimingResult, run_timing
+
+ODD_SHAPES = {
+    "plain": {"n_embd": 32, "n_head": 4, "n_layer": 2, "vocab_size": 97, "n_positions": 48},
+    "heads padded to the alignment": {"n_embd": 60, "n_head": 5, "n_layer": 2, "vocab_size": 50, "n_positions": 32},
+    "fewer heads than devices": {"n_embd": 40, "n_head": 2, "n_layer": 1, "vocab_size": 33, "n_positions": 24},
+    "several attention blocks": {"n_embd": 24, "n_head": 1, "n_layer": 2, "vocab_size": 41, "n_positions": 150},
+    "wide heads in several chunks": {"n_embd": 104, "n_head": 2, "n_layer": 1, "vocab_size": 64, "n_positions": 20},
+    "vocabulary smaller than the ring": {"n_embd": 16, "n_head": 2, "n_layer": 1, "vocab_size": 9, "n_positions": 16},
+}
+
+
+def random_model(seed: int = 0, **shape: int) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(GPT2Config(**shape, initializer_range=0.2)).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half().float()  # values that every format of memory can hold exactly
+    return model
+
+
+def root_mean_square(values: NDArray[np.float64]) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
+def logits_on(
+    source: FrontendModel, folder: Path, machine: str, devices: int, tokens: list[int]
+) -> NDArray[np.float32]:
+    path = folder / f"{machine}-{devices}.safetensors"
+    write(build(source, Machine.load(machine), devices, Format.FP16), path)
+    with typebar.load(path, device="sim") as text_model:
+        logits: NDArray[np.float32] = text_model.logits(tokens)
+    return logits
+
+
+@pytest.mark.parametrize("shape", ODD_SHAPES.values(), ids=ODD_SHAPES.keys())
+def test_logits_do_not_depend_on_the_number_of_devices(shape: dict[str, int], tmp_path: Path) -> None:
+    model = random_model(**shape)
+    length = min(shape["n_positions"], 80)
+    tokens = np.random.default_rng(1).integers(0, shape["vocab_size"], length).tolist()
+    source = load_model(model)
+    first = logits_on(source, tmp_path, "tiny", 1, tokens)
+    for devices in (2, 3, 4):
+        assert np.array_equal(first, logits_on(source, tmp_path, "tiny", devices, tokens)), devices
+    exact = evaluate_step(source.module, source.weights, tokens, torch.float64).numpy()
+    half = evaluate_step(source.module, source.weights, tokens, torch.float16).numpy()
+    assert root_mean_square(first - exact) <= root_mean_square(half - exact)
+    assert np.abs(exact).max() > 1, "the model's logits must be worth comparing"
+
+
+def test_wide_model_with_heads_that_do_not_divide(tmp_path: Path) -> None:
+    """Line 3: 1600 wide, 25 heads, 50,257 tokens, on 1 to 4 devices."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=1600, n_head=25, n_layer=2)).eval()
+    source = load_model(model)
+    tokens = [464, 3139, 286, 4881, 318]
+    first = logits_on(source, tmp_path, "u280", 1, tokens)
+    assert first.shape == (5, 50257)
+    for devices in (2, 3, 4):
+        assert np.array_equal(first, logits_on(source, tmp_path, "u280", devices, tokens)), devices
+
+
+@pytest.mark.parametrize("machine", ["tiny", "u280", "u280-dfx"])
+def test_bf16_weights_run(machine: str, tmp_path: Path) -> None:
+    model = random_model(**ODD_SHAPES["plain"])
+    tokens = [5, 9, 90, 3]
+    path = tmp_path / "bf16.safetensors"
+    typebar.compile(model, path, machine=machine, devices=2, weights="bf16")
+    with typebar.load(path, device="sim") as text_model:
+        logits = text_model.logits(tokens)
+    source = load_model(model)
+    exact = evaluate_step(source.module, source.weights, tokens, torch.float64).numpy()
+    assert np.abs(logits - exact).max() < 0.02 * np.abs(exact).max()
+
+
+@functools.cache
+def shape(name: str) -> FrontendModel:
+    return load_model(name)
+
+
+def compiled(name: str, machine: str = "u280", devices: int = 4) -> Compiled:
+    return build(shape(name), Machine.load(machine), devices, weights_format("fp16"))
+
+
+def timing(made: Compiled, prompt: int, new: int) -> TimingResult:
+    io = np.zeros((made.devices, made.memory.io.bytes // 4), np.int32)
+    io[:, :4] = [0, prompt, new, -1]
+    return run_timing(made.program, made.machine, made.devices, io)
+
+
+def test_gpt2_xl_program_is_small_and_round_trips() -> None:
+    """Line 4: at most 64 KiB; lengths are data, so the bytes cannot depend on them."""
+    made = compiled("gpt2-xl")
+    assert encode(made.program).size <= 64 * 1024
+    assert assemble(disassemble(made.program)) == made.program
+
+
+def ceil(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def test_hbm_bytes_are_the_models_bytes_plus_padding_plus_caches() -> None:
+    """Line 7, worked out here from the shape alone: gpt2 on 3 devices of u280, 5 tokens in, 4 out."""
+    made = compiled("gpt2", devices=3)
+    result = timing(made, 5, 4)
+    width, heads, layers, vocab, element, row, lanes, block = 768, 12, 12, 50257, 2, 2048, 64, 512
+    granule = row // (lanes * element)
+    local_heads = ceil(heads, 3) // 3
+
+    def share(columns: int) -> int:
+        return ceil(ceil(columns, 16) // 16, 3) // 3 * 16
+
+    def packed(k: int, columns: int) -> int:
+        return ceil(k, lanes) * ceil(columns, granule) * element
+
+    layer = packed(width, 3 * local_heads * 64) + packed(width, share(width))
+    layer += packed(width, share(4 * width)) + packed(4 * width, share(width))
+    head = packed(width, share(vocab))
+    passes, heads_run = 5 + 3, 4
+    weights = passes * layers * layer + heads_run * head
+    caches = 0
+    for position in range(passes):
+        length = position + 1
+        k_bytes = sum(ceil(min(block, length - b) * lanes * element, row) for b in range(0, length, block))
+        v_bytes = ceil(length, lanes) // lanes * ceil(64 * lanes * element, row)
+        caches += layers * local_heads * (k_bytes + v_bytes)
+    for counters in result.counters:
+        assert counters.weights_fetched_bytes == weights
+        assert counters.kv_fetched_bytes == caches
+        stored = passes * layers * local_heads * 2 * 64 * element
+        assert counters.kv_useful_written_bytes == stored
+    parameters = layers * 12 * width * width + width * vocab
+    assert made.memory.accounting["weight_bytes"] == parameters * element
+    assert made.memory.accounting["macs_per_token"] == parameters
+    assert made.memory.accounting["kv_bytes_per_position"] == layers * 2 * width * element
+    assert made.memory.accounting["packed_weight_bytes"] == 3 * (layers * layer + head)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "dfx-345m"])
+@pytest.mark.parametrize("machine", ["u280", "u280-dfx"])
+def test_time_is_never_below_physics(name: str, machine: str) -> None:
+    """Line 7 on compiled programs: bytes over bandwidth, operations over peak, causes that sum to the total."""
+    made = compiled(name, machine, 2)
+    result = timing(made, 3, 3)
+    peak = made.machine.matrix.lanes * made.machine.matrix.columns * made.machine.matrix.rows
+    for device, counters in enumerate(result.counters):
+        moved = counters.weights_fetched_bytes + counters.kv_fetched_bytes + counters.kv_written_bytes
+        assert result.total_cycles * made.machine.row_bytes >= moved
+        assert result.total_cycles * peak >= counters.macs
+        for unit, causes in result.causes[device].items():
+            assert sum(causes.values()) == result.total_cycles, unit
+
+
+def test_register_file_too_small_is_one_clear_line() -> None:
+    machine = Machine.load("tiny").override({"vector.words": "512", "vector.segments": "64", "attention_block": "64"})
+    with pytest.raises(AllocationError, match=r"needs \d+ words of registers and the machine has 512: use a machine"):
+        build(
+            load_model(random_model(n_embd=128, n_head=2, n_layer=1, n_positions=32, vocab_size=64)),
+            machine,
+            1,
+            Format.FP16,
+        )
+
+
+def test_memory_too_small_is_one_clear_line() -> None:
+    with pytest.raises(TypebarError, match=r"needs \d+ bytes of HBM .* machine tiny has 67108864: use more devices"):
+        build(shape("gpt2"), Machine.load("tiny").override({"vector.words": "131072"}), 1, Format.FP16)
+
+
+def test_heads_wider_than_a_column_block_are_refused() -> None:
+    model = random_model(n_embd=80, n_head=1, n_layer=1, n_positions=16, vocab_size=16)
+    with pytest.raises(TypebarError, match="attention heads of 80 exceed a column block of 64"):
+        build(load_model(model), Machine.load("tiny"), 1, Format.FP16)
+
+
+@pytest.mark.parametrize("devices", [0, 65])
+def test_ring_size_is_checked(devices: int) -> None:
+    with pytest.raises(TypebarError, match=f"a ring has 1 to 64 devices, not {devices}"):
+        build(load_model(random_model(**ODD_SHAPES["plain"])), Machine.load("tiny"), devices, Format.FP16)
+
+
+@pytest.mark.parametrize(("value", "message"), [(float("nan"), "NaN or infinity"), (1e5, "beyond fp16: compile with")])
+def test_weights_that_memory_cannot_hold_leave_no_file(value: float, message: str, tmp_path: Path) -> None:
+    model = random_model(**ODD_SHAPES["plain"])
+    model.transformer.h[1].mlp.c_fc.weight.data[3, 4] = value
+    with pytest.raises(TypebarError, match=message):
+        typebar.compile(model, tmp_path / "bad.safetensors", machine="tiny", devices=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logits_with_a_bias_are_refused_with_a_reason() -> None:
+    class Biased(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(11, 16)
+            self.head = torch.nn.Linear(16, 11)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.head(self.table(input_ids))
+            return result
+
+    source = load_model(Biased(), {"context": 8})
+    with pytest.raises(LoweringError, match="linear operation without bias"):
+        build(source, Machine.load("tiny"), 1, Format.FP16)
+
+
+def test_memory_is_laid_out_from_shapes_alone() -> None:
+    """The same plan with and without weights: a shape's addresses are those of a checkpoint of that shape."""
+    facts = ODD_SHAPES["plain"]
+    made = build(load_model(random_model(**facts)), Machine.load("tiny"), 2, Format.FP16)
+    again = build(load_model(random_model(seed=1, **facts)), Machine.load("tiny"), 2, Format.FP16)
+    assert np.array_equal(encode(made.program), encode(again.program))
+    assert made.memory.addresses == again.memory.addresses
