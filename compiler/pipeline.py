@@ -50,7 +50,7 @@ def run_passes(text: str, passes: Sequence[str]) -> str:
     for step in chosen:
         step.apply(ir.context(), module)
         verify(module)
-    return f"{module}\n"
+    return str(module) + "\n"
 
 
 def lower(module: ModuleOp, lookup: Lookup | None = None, check: bool = False) -> None:

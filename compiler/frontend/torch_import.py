@@ -95,13 +95,19 @@ def export(model: torch.nn.Module) -> Exported:
     except TypebarError:
         raise
     except Exception as error:  # torch.export raises whatever the model or its own tracing raises
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise TypebarError(
-            f"torch.export cannot trace the model with a dynamic length: {lines[0].strip()}; "
+            f"torch.export cannot trace the model with a dynamic length: {_reason(error)}; "
             "make its forward(input_ids) free of data-dependent Python and of fixed lengths"
         ) from error
     constants = {n.removeprefix("model."): t for n, t in program.constants.items() if isinstance(t, torch.Tensor)}
     return Exported(program, aliases, constants, _limit(program))
+
+
+def _reason(error: Exception) -> str:
+    """The line of torch's message that says what happened: the first of its list, if it has one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    line = next((line[2:] for line in lines if line.startswith("- ")), lines[0])
+    return line.split(". If you")[0].split("! For more")[0].rstrip(".")
 
 
 def _limit(program: torch.export.ExportedProgram) -> int | None:
