@@ -13,6 +13,7 @@ Definitions, for a prompt of P tokens and N new ones on D devices:
   beyond them are partial writes (a row holds more than the elements stored).
 - host_ms: both directions' latency, and the prompt, descriptor and new tokens at the link's rate.
 - total_ms: all cycles at the clock, and host_ms.
+- device_cycles_per_s: D x total cycles over the seconds that the timing run itself took; wall_s is all of `simulate`.
 - breakdown: cycles of device 0's matrix unit by cause; they sum to total_cycles, as every unit's do.
 """
 
@@ -39,7 +40,7 @@ from typebar.isa.image_manifest import check_machine
 from typebar.isa.image_plan import TensorPlan
 from typebar.isa.instructions import FORMAT_BYTES, Format, Region
 from typebar.isa.machine import LINE_BYTES, Machine
-from typebar.isa.program import Program, encode
+from typebar.isa.program import Program, encode, op
 from typebar.sim.timing import TimingResult, run_timing
 
 _WORD = 4
@@ -116,6 +117,8 @@ def simulate(
     subject = _subject(source, machine, devices, weights, settings or {})
     _check_lengths(prompt_tokens, new_tokens, subject.context)
     io = _io_words(subject, prompt_tokens, new_tokens)
+    # A first run that only halts brings in the compiled simulator, so that the rate measured is the simulator's own.
+    run_timing(Program([op("halt")]), subject.machine, 1, io[:1])
     running = time.perf_counter()
     result = run_timing(
         subject.program, subject.machine, subject.devices, io, entry=subject.entry, trace=trace is not None
