@@ -4,53 +4,86 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from xdsl.context import Context
 from xdsl.dialects.builtin import ModuleOp
 from xdsl.parser import Parser
 from xdsl.passes import ModulePass
-from xdsl.utils.exceptions import ParseError, VerifyException
+from xdsl.utils.arg_spec import parse_spec
+from xdsl.utils.exceptions import ArgSpecParseError, ParseError, VerifyException
 
-from typebar.compiler import ir
+from typebar.compiler import device_ir, ir
 from typebar.compiler.aten import Lookup
+from typebar.compiler.passes.allocate import AllocatePass
 from typebar.compiler.passes.canonicalise import Canonicalise
 from typebar.compiler.passes.classify_masks import ClassifyMasks, classify
+from typebar.compiler.passes.fuse import FusePass
 from typebar.compiler.passes.make_incremental import MakeIncremental, make_incremental
+from typebar.compiler.passes.partition import PartitionPass
 from typebar.compiler.passes.recognise import Recognise
 from typebar.compiler.passes.reroll import Reroll
 from typebar.compiler.problems import LoweringError
 from typebar.compiler.verify import verify
 from typebar.isa.errors import TypebarError
 
-PASSES: dict[str, type[ModulePass]] = {
-    made.name: made for made in (Canonicalise, Recognise, ClassifyMasks, MakeIncremental, Reroll)
-}
-"""Every pass of the front half by its name, in the order in which they lead from a graph to a re-rolled step."""
+_FRONT = (Canonicalise, Recognise, ClassifyMasks, MakeIncremental, Reroll)
+_BACK = (PartitionPass, FusePass, AllocatePass)
+PASSES: dict[str, type[ModulePass]] = {made.name: made for made in (*_FRONT, *_BACK)}
+"""Every pass by its name, in the order in which they lead from a graph to a re-rolled step and on to an allocated
+program; those of the second half take options, such as `partition{devices=4}`."""
 
 
 def parse(text: str) -> ModuleOp:
     """Read a module and check it; raises TypebarError with the place of a syntax error or the rule broken."""
+    module = _read(text, ir.context())
+    verify(module)
+    return module
+
+
+def _read(text: str, context: Context) -> ModuleOp:
     try:
-        module = Parser(ir.context(), text, "<input>").parse_module()
+        return Parser(context, text, "<input>").parse_module()
     except ParseError as error:
         place = error.span.get_location()
         raise TypebarError(f"syntax error at line {place.line}, column {place.col}: {error.msg}") from error
     except (ValueError, VerifyException) as error:
         raise TypebarError(f"syntax error: {str(error).splitlines()[0]}") from error
-    verify(module)
-    return module
 
 
 def run_passes(text: str, passes: Sequence[str]) -> str:
     """The module in `text` after the named passes, as text; raises TypebarError for bad text or an unknown pass."""
-    chosen = []
-    for name in passes:
-        if name not in PASSES:
-            raise TypebarError(f"there is no pass {name!r}; the passes are {', '.join(PASSES)}")
-        chosen.append(PASSES[name]())
-    module = parse(text)
+    chosen = [_pass(name) for name in passes]
+    context = device_ir.context()
+    module = _read(text, context)
+    _check(module)
     for step in chosen:
-        step.apply(ir.context(), module)
-        verify(module)
+        step.apply(context, module)
+        _check(module)
     return str(module) + "\n"
+
+
+def _pass(text: str) -> ModulePass:
+    """The pass that `name` or `name{option=value ...}` asks for."""
+    try:
+        spec = parse_spec(text)
+        for option, values in spec.parameters.items():
+            if any(isinstance(value, int | float) and not isinstance(value, bool) and value < 1 for value in values):
+                raise ValueError(f"{option} must be at least 1")
+        if spec.name in PASSES:
+            return PASSES[spec.name].from_spec(spec)
+    except (ValueError, ArgSpecParseError) as error:
+        raise TypebarError(f"pass {text!r}: {str(error).splitlines()[-1].strip()}") from error
+    raise TypebarError(f"there is no pass {spec.name!r}; the passes are {', '.join(PASSES)}")
+
+
+def _check(module: ModuleOp) -> None:
+    """The rules of the form that the module has: a graph or a step, or a device's program."""
+    if not isinstance(module.body.block.first_op, device_ir.ProgramOp):
+        verify(module)
+        return
+    try:
+        module.verify()
+    except VerifyException as error:
+        raise TypebarError(f"invalid module: {str(error).splitlines()[-1].strip()}") from error
 
 
 def lower(module: ModuleOp, lookup: Lookup | None = None, check: bool = False) -> None:

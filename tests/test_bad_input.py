@@ -264,6 +264,13 @@ TEXTS: dict[str, Case] = {
     "unknown pass": (lambda w: ["opt", w.file("a.mlir", "builtin.module {}"), "-p", "polish"], "no pass 'polish'"),
     "passes with an empty name": (lambda w: ["opt", w.file("a.mlir", ""), "-p", "reroll,,reroll"], "empty name"),
     "passes with an open brace": (lambda w: ["opt", w.file("a.mlir", ""), "-p", "reroll{a=1"], "braces"),
+    "unknown option of a pass": (lambda w: ["opt", w.file("a.mlir", ""), "-p", "partition{gizmo=3}"], "gizmo"),
+    "option of a pass out of range": (
+        lambda w: ["opt", w.file("a.mlir", ""), "-p", "partition{devices=0}"],
+        "devices must be at least 1",
+    ),
+    "pass option that is no number": (lambda w: ["opt", w.file("a.mlir", ""), "-p", "partition{devices=x}"], "int"),
+    "pass that does not parse": (lambda w: ["opt", w.file("a.mlir", ""), "-p", "par?tition"], "par?tition"),
     "IR that does not parse": (lambda w: ["opt", w.file("a.mlir", "builtin.module {")], "syntax error"),
     "IR with an unknown op": (
         lambda w: ["opt", w.file("a.mlir", 'builtin.module { "tb.sing"() : () -> () }')],
