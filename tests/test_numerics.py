@@ -318,6 +318,11 @@ ALL_FP16 = [Fraction(struct.unpack("<e", struct.pack("<H", bits))[0]) for bits i
 @example(0x387FF000)  # half-way to the smallest normal
 @example(0x477FEFFF)
 @example(0x477FF000)  # 65520
+@example(0x3F808000)  # bf16 ties, to the even one below and above
+@example(0x3F818000)
+@example(0x3F000000)  # int8 ties: 0.5, 1.5, -2.5
+@example(0x3FC00000)
+@example(0xC0200000)
 @settings(max_examples=1000, deadline=None)
 def test_stores_round_to_nearest_even_and_saturate(bits: int) -> None:
     clean = flushed_bits(bits)

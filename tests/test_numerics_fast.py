@@ -208,6 +208,21 @@ def test_reductions(x: np.ndarray) -> None:
     assert (index, flags) == (expected[0], expected[2]) and same(value, expected[1])
 
 
+def test_products_just_below_the_normal_numbers_flush() -> None:
+    a, b = from_bits(np.array([[0x3F7FFFFF, 0xBF7FFFFF, 0x3F800000, 0x20000000], [0x00800000] * 3 + [0x1FFFFFFF]]))
+    got = kernels.mul(a, b)
+    assert bits_of(got).tolist() == [0, 1 << 31, 0x00800000, 0]
+    assert same(got, golden.mul(a, b))
+
+
+def test_the_zeros_that_extend_a_sum_are_positive() -> None:
+    for length in (1, 2, 3, 4, 5, 6, 7, 9):
+        x = np.full(length, -0.0, np.float32)
+        negative = length in (1, 2, 4)
+        assert bits_of(np.array(kernels.tree_sum(x)))[()] == negative << 31
+        assert same(kernels.tree_sum(x), golden.tree_sum(x))
+
+
 def test_unary_functions_on_every_fp16_number_and_on_random_bits() -> None:
     rng = np.random.default_rng(5)
     x = np.concatenate(

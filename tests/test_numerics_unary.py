@@ -10,7 +10,7 @@ import pytest
 
 from typebar.isa.errors import TypebarError
 from typebar.isa.numerics import Function, bits_of, from_bits, unary, unary_generator, unary_rom, unary_table
-from typebar.isa.numerics.unary import LOG2_E, ROM
+from typebar.isa.numerics.unary import LOG2_E, ROM, _round
 from typebar.isa.numerics.unary_errors import (
     REFERENCES,
     UnaryError,
@@ -135,6 +135,17 @@ def test_horner_sums_fit_the_stated_widths() -> None:
         p = c0 + ((s * t + half) >> 17)
         assert p.min() > 0 and p.max() < 1 << 30
     assert LOG2_E < 1 << 34 and round(np.longdouble(2) ** 33 / np.log(np.longdouble(2))) == LOG2_E
+
+
+def test_results_are_rounded_once_to_nearest_even() -> None:
+    rng = np.random.default_rng(2)
+    ties = (rng.integers(1 << 23, 1 << 24, 2000) << 1 | 1) << rng.integers(0, 28, 2000)
+    p = np.concatenate([ties, ties + 1, ties - 1, rng.integers(1, 1 << 53, 2000), np.arange(1, 70), [0, 2**24 - 1]])
+    for power in (-52, -140, -179, 80):
+        exact = np.ldexp(p.astype(np.float64), power)  # p has at most 53 bits
+        with np.errstate(over="ignore"):
+            expected = np.where(exact < 2.0**-126, 0, exact).astype(np.float32)
+        assert np.array_equal(_round(p, np.full_like(p, power)), bits_of(expected))
 
 
 def test_report_prints_a_line_for_each_function() -> None:
