@@ -27,8 +27,8 @@ from typebar.compiler.passes.attention import MASKED
 from typebar.compiler.passes.canonicalise import erase_unused, merge_equal
 from typebar.compiler.problems import LoweringError, Problem, keep_name, node_name
 
-LONGEST = 16_384
-"""The greatest context whose masks are checked pair by pair: a square of this many booleans is 256 MiB."""
+LONGEST = 8192
+"""The greatest context whose masks are checked pair by pair: a square of this many int64 differences is 512 MiB."""
 
 
 class ClassifyMasks(ModulePass):
