@@ -73,12 +73,19 @@ class _Pool:
     def executor(self) -> ThreadPoolExecutor:
         """An executor with a worker for every thread but the caller."""
         if self._executor is None or self._workers < self.count - 1:
+            if self._executor is not None:
+                self._executor.shutdown(wait=False)
             self._workers = self.count - 1
             self._executor = ThreadPoolExecutor(self._workers, thread_name_prefix="typebar-kernel")
         return self._executor
 
+    def forget(self) -> None:
+        """Drop the executor, whose threads do not exist in a forked child."""
+        self._executor = None
+
 
 _pool = _Pool()
+os.register_at_fork(after_in_child=_pool.forget)
 
 
 def set_threads(count: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import numpy as np
@@ -10,13 +12,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from numba import njit
 
 from typebar.isa import numerics as golden
 from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import Patch
 from typebar.isa.layout import PackedLayout
 from typebar.isa.numerics import Format, Function, NumericFlag, bits_of, decode, encode, from_bits, raw_dtype
-from typebar.sim import kernels, kernels_bits, kernels_jit, kernels_matmul, kernels_unary
+from typebar.sim import kernels, kernels_bits, kernels_jit, kernels_matmul, kernels_simd, kernels_unary
 
 any_bits = st.one_of(
     st.integers(0, 2**32 - 1),
@@ -303,6 +306,43 @@ def test_the_processors_flush_mode_has_no_say() -> None:
     finally:
         torch.set_flush_denormal(False)
     assert all(np.array_equal(a, b) for a, b in zip(expected, flushed, strict=True))
+
+
+def test_fp16_decodes_without_a_conversion_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = np.arange(1 << 16, dtype=np.uint16)
+    exact = raw.view(np.float16).astype(np.float32)
+    for in_hardware in (False, kernels_simd._HALF_IN_HARDWARE):
+        monkeypatch.setattr(kernels_simd, "_HALF_IN_HARDWARE", in_hardware)
+
+        @njit  # type: ignore[untyped-decorator]
+        def decode_both(source, one_by_one, grouped):  # type: ignore[no-untyped-def]
+            for i in range(source.size):
+                one_by_one[i] = kernels_simd.as_operand(source[i])
+            kernels_simd.decode_groups(source, 0, source.size // kernels_simd.GROUP, grouped)
+
+        scalars, groups = np.empty((2, raw.size), np.float32)
+        decode_both(raw, scalars, groups)
+        for values in (scalars, groups):
+            assert np.array_equal(values, exact, equal_nan=True)
+            assert np.array_equal(np.signbit(values), np.signbit(exact))
+
+
+def test_kernels_work_in_a_forked_child() -> None:
+    x = np.ones((1, 512), np.float32)
+    memory = encode(np.ones(512 * 1024, np.float32), Format.FP16)[0].view(np.uint8)
+
+    def total() -> float:
+        return float(kernels.matmul(memory, 0, Format.FP16, x, 512, 1024, 64, 32)[0].sum())
+
+    before = kernels.threads()
+    kernels.set_threads(2)
+    expected = total()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # a child that waits for threads it does not have would wait for ever
+        os._exit(0 if total() == expected else 1)
+    kernels.set_threads(before)
+    assert expected == 512 * 1024 and os.waitpid(child, 0)[1] == 0
 
 
 def test_cached_kernels_are_tied_to_every_source() -> None:
