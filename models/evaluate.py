@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 from transformers import AutoTokenizer, GPT2LMHeadModel
+
 from typebar.models import CARD
 from typebar.models.corpus import Document, documents
 
