@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors import safe_open
+
 from typebar.isa.image import Image, ImageError, TensorPlan, plan_regions, write_image
 from typebar.isa.instructions import Region
 from typebar.isa.machine import Machine
