@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from typebar.isa import reference
 from typebar.isa.instructions import INSTRUCTIONS, Instruction, Kind, Trap
 from typebar.isa.machine import Machine
