@@ -61,14 +61,23 @@ def back_passes(machine: Machine, devices: int, hoist: bool = True) -> list[Modu
     ]
 
 
+def check_devices(devices: int) -> None:
+    """Refuse a ring of an impossible size, before anything long is done for it.
+
+    Raises:
+        TypebarError: the device count is out of range.
+    """
+    if not 1 <= devices <= MAX_DEVICES:
+        raise TypebarError(f"a ring has 1 to {MAX_DEVICES} devices, not {devices}: choose another number")
+
+
 def build(model: FrontendModel, machine: Machine, devices: int, fmt: Format) -> Compiled:
     """Compile a model's step for a ring of `devices` machines, without touching its weights.
 
     Raises:
         TypebarError: the device count is out of range, or the model does not fit or cannot be lowered.
     """
-    if not 1 <= devices <= MAX_DEVICES:
-        raise TypebarError(f"a ring has 1 to {MAX_DEVICES} devices, not {devices}: choose another number")
+    check_devices(devices)
     context = dev.context()
     for hoist in (True, False):
         module = model.module.clone()

@@ -76,6 +76,8 @@ class MemoryPlan:
     kv_bytes: int
     io: IoMap
     accounting: dict[str, int] = field(default_factory=dict)
+    """Unpadded bytes of the weights that a token's pass reads and of the logits' matrix among them (passes inside the
+    prompt skip it), all devices' packed bytes, K/V bytes that a position adds, and multiply-accumulates of a pass."""
 
 
 def program_of(module: ModuleOp) -> dev.ProgramOp:
@@ -113,7 +115,9 @@ class _Planner:
         self.shared: dict[str, str] = {}
         self.caches: dict[Operation, CachePlace] = {}
         self.kv_lines = 0
-        self.accounting = {"weight_bytes": 0, "packed_weight_bytes": 0, "kv_bytes_per_position": 0, "macs_per_token": 0}
+        self.accounting = dict.fromkeys(
+            ("weight_bytes", "head_bytes", "packed_weight_bytes", "kv_bytes_per_position", "macs_per_token"), 0
+        )
 
     # Walking --------------------------------------------------------------------------------------------
     def walk(self, block: Block, layers: Sequence[int | None]) -> None:
@@ -170,6 +174,8 @@ class _Planner:
         self.add(op, name, Region.WEIGHTS, bytes_, meta)
         useful = source_rows * sum(item.size for item in pieces)
         self.accounting["weight_bytes"] += useful * self.element
+        if isinstance(op, dev.HeadOp):
+            self.accounting["head_bytes"] = useful * self.element
         self.accounting["packed_weight_bytes"] += bytes_ * self.devices
         self.accounting["macs_per_token"] += useful
 

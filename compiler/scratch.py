@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from typebar.compiler import device_ir as dev
 from xdsl.ir import Operation
+
+from typebar.compiler import device_ir as dev
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ def compile(
 
     target = machine if isinstance(machine, Machine) else Machine.load(os.fspath(machine))
     fmt = driver.weights_format(weights)
+    driver.check_devices(devices)
     source = _model(model, config)
     if tokenizer_json is not None:
         source = replace(source, tokenizer_json=tokenizer_json)

@@ -10,15 +10,15 @@ from typebar.compiler.memory import IoMap
 from typebar.isa.image import Image, ImageError
 
 _ENTRY = "main"
-_ACCOUNTS = ("weight_bytes", "kv_bytes_per_position")
+_ACCOUNTS = ("weight_bytes", "head_bytes", "kv_bytes_per_position")
 
 
 @dataclass(frozen=True)
 class ImageFacts:
     """Sizes in tokens; `end` is the token that ends a text, or None; `entry` an instruction index.
 
-    `accounting` has the bytes of unpadded weights that one pass reads, and of the K and V that one position adds, over
-    all devices.
+    `accounting` has the bytes of unpadded weights that one pass reads, of the logits' matrix among them, and of the K
+    and V that one position adds, over all devices.
     """
 
     vocab: int

@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,6 @@ from typebar.host.generation import count_of
 from typebar.isa.errors import TypebarError
 from typebar.isa.image import Image
 from typebar.isa.image_manifest import check_machine
-from typebar.isa.image_plan import TensorPlan
-from typebar.isa.instructions import FORMAT_BYTES, Format, Region
 from typebar.isa.machine import LINE_BYTES, Machine
 from typebar.isa.program import Program, encode, op
 from typebar.sim.timing import TimingResult, run_timing
@@ -84,7 +82,6 @@ class _Subject:
     entry: int
     io: IoMap
     accounting: Mapping[str, int]
-    head_bytes: int
 
 
 def simulate(
@@ -160,7 +157,6 @@ def _subject(
             facts.entry,
             facts.io,
             facts.accounting,
-            _head_bytes(manifest.tensors, Format[manifest.weights_format.upper()]),
         )
 
 
@@ -171,6 +167,7 @@ def _compiled(source: str | os.PathLike[str], machine: Machine, devices: int, we
     from typebar.models import shipped
 
     fmt = driver.weights_format(weights)
+    driver.check_devices(devices)
     name = os.fspath(source)
     places = {model.name: model.path for model in shipped()}
     if not Path(name).exists() and name not in SHAPES and name not in places:
@@ -178,8 +175,7 @@ def _compiled(source: str | os.PathLike[str], machine: Machine, devices: int, we
         raise TypebarError(f"there is no image {name!r}, and no shape of that name; shapes and models are: {known}")
     made = driver.build(load_model(places.get(name, source) if name not in SHAPES else name), machine, devices, fmt)
     context, memory = int(made.model.config["context"]), made.memory
-    head = _head_bytes(memory.plans, fmt)
-    return _Subject(made.program, machine, devices, context, 0, memory.io, memory.accounting, head)
+    return _Subject(made.program, machine, devices, context, 0, memory.io, memory.accounting)
 
 
 def _check_lengths(prompt: int, new: int, context: int) -> None:
@@ -267,7 +263,7 @@ def _hbm(subject: _Subject, result: TimingResult, prompt: int, new: int) -> dict
         return sum(int(getattr(counters, name)) for counters in result.counters)
 
     passes, per_position = prompt + new - 1, subject.accounting["kv_bytes_per_position"]
-    weights = subject.accounting["weight_bytes"] * passes - subject.head_bytes * (prompt - 1)
+    weights = subject.accounting["weight_bytes"] * passes - subject.accounting["head_bytes"] * (prompt - 1)
     kv, stored = per_position * passes * (passes + 1) // 2, per_position * passes
     moved = {name: total(f"{name}_bytes") for name in ("weights_fetched", "kv_fetched", "kv_written")}
     return {
@@ -279,9 +275,3 @@ def _hbm(subject: _Subject, result: TimingResult, prompt: int, new: int) -> dict
         "kv_partial_write_bytes": moved["kv_written"] - stored,
         "total_bytes": sum(moved.values()),
     }
-
-
-def _head_bytes(plans: Sequence[TensorPlan], fmt: Format) -> int:
-    """Unpadded bytes of the logits' matrix, which passes inside the prompt skip; the compiler plans it last."""
-    meta = next(plan.meta for plan in reversed(plans) if plan.region is Region.WEIGHTS)
-    return int(meta["rows"]) * sum(int(item["size"]) for item in meta["segments"]) * FORMAT_BYTES[fmt]

@@ -86,3 +86,11 @@ def test_a_forbidden_import_is_seen() -> None:
 def test_every_folder_has_sources() -> None:
     for folder in ("isa", "compiler", "sim", "host", "models"):
         assert sources(folder), f"{folder} has no sources"
+
+
+def test_every_package_is_installed() -> None:
+    """A wheel holds exactly the folders that are packages."""
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    folders = {"isa", "compiler", "sim", "hw", "host", "models"}
+    found = {path.parent.relative_to(ROOT) for top in folders for path in (ROOT / top).rglob("__init__.py")}
+    assert listed == {"typebar", *(".".join(("typebar", *path.parts)) for path in found)}
