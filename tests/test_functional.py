@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from functional_bench import SPECIAL_BITS, TINY, Bench, bits, special
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,6 @@ from typebar.isa.layout import element_offset, pack
 from typebar.isa.numerics import NumericFlag
 from typebar.isa.program import Op, Operand, assemble, float_bits, op
 from typebar.sim.functional import DeviceMemory, FlagEvent, FunctionalSimulator
-from typebar.tests.functional_bench import SPECIAL_BITS, TINY, Bench, bits, special
 
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from functional_bench import REGION_BYTES, TINY, Bench
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,6 @@ from typebar.isa.layout import packed_bytes
 from typebar.isa.machine import Machine
 from typebar.isa.program import Op, Operand, Program, assemble, encode, op
 from typebar.sim.functional import DeviceMemory, DeviceTrap, FunctionalSimulator
-from typebar.tests.functional_bench import REGION_BYTES, TINY, Bench
 
 WORDS = TINY.vector.words
 LINES = REGION_BYTES // 64
