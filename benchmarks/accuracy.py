@@ -1,9 +1,9 @@
 """How near the machine's logits are to torch's: twenty passages of held-out text, 64 tokens each, teacher-forced.
 
-Two texts for each passage: the passage itself, and torch float32's greedy continuation of its first 8 tokens. At every
 Two texts for each passage: the passage itself, and torch float32's greedy continuation of its first 8 tokens. At
 every position the machine's best token is compared with torch float32's, and its logits with a float64 run; torch's
 own float16 run gives the yardstick.
+
     python benchmarks/accuracy.py [--model folio] [--machine u280] [--devices 4] [--weights fp16] [--json]
 """
 

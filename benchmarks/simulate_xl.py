@@ -15,12 +15,13 @@ import sys
 import time
 from typing import Any
 
-COMMAND = [*"-m typebar simulate --shape gpt2-xl --devices 4 --prompt-tokens 64 --new-tokens 64 --json".split()]
+COMMAND = ["-m", "typebar", "simulate", "--shape", "gpt2-xl", "--devices", "4"]
+LENGTHS = ["--prompt-tokens", "64", "--new-tokens", "64", "--json"]
 
 
 def measure() -> dict[str, Any]:
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, *COMMAND], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, *COMMAND, *LENGTHS], capture_output=True, text=True, check=True)
     seconds = time.perf_counter() - start
     report = json.loads(done.stdout)
     return {

