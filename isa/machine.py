@@ -91,11 +91,11 @@ class Ring:
 class Control:
     """Scalar core, queues, program memory."""
 
+    run_ahead: bool = field(metadata={"note": "fetch halves run ahead of compute halves", "contract": False})
     program_bytes: int = _param("program memory", 4096, 2**24, contract=True)
     queue_depth: int = _param("entries of each unit's in-order queue", 1, 64)
     branch_cycles: int = _param("issue cycles of a taken branch", 1, 64)
     read_latency: int = _param("cycles of a scalar read of the register file", 1, 64)
-    run_ahead: bool = field(metadata={"note": "fetch halves run ahead of compute halves", "contract": False})
 
 
 @dataclass(frozen=True)
