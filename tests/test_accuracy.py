@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("model", ["folio", "folio-draft"])
+@pytest.mark.parametrize("model", ["folio", pytest.param("folio-draft", marks=pytest.mark.long)])
 def test_logits_against_torch(model: str) -> None:
     command = [sys.executable, "benchmarks/accuracy.py", "--model", model, "--devices", "1", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
