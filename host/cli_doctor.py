@@ -16,9 +16,9 @@ from typebar.host.cli_output import print_facts, print_json, print_table
 from typebar.host.cli_tools import Json
 
 _TOOLS = {
-    "g++": "make setup; compiled checks of the hardware",
+    "g++": "compiling simulations of the hardware",
     "make": "make demo, make test",
-    "perl": "building Verilated models",
+    "perl": "compiling simulations of the hardware",
     "verilator": "simulating the hardware's source",
 }
 _REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+)(?:\[[^]]*\])?\s*(?:(==|>=)\s*([0-9][0-9.]*))?")

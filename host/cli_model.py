@@ -33,6 +33,15 @@ class DeviceChoice(StrEnum):
     TORCH = "torch"
 
 
+_HBM_LABELS = {
+    "weight_bytes": "weights",
+    "weight_padding_bytes": "padding of weights",
+    "kv_bytes": "K and V read",
+    "kv_padding_bytes": "padding of K and V",
+    "kv_stored_bytes": "K and V stored",
+    "kv_partial_write_bytes": "rest of rows partly written",
+    "total_bytes": "total",
+}
 Weights = Annotated[WeightFormat, typer.Option("--weights", help="Format of weights and caches.")]
 
 
@@ -197,7 +206,7 @@ def print_report(report: SimulationReport) -> None:
         ("wall", f"{data['wall_s']:.2f} s, {data['device_cycles_per_s'] / 1e6:.0f} M device-cycles/s"),
     ]
     print_facts("Simulation", rows)
-    moved = [(key.removesuffix("_bytes").replace("_", " "), f"{value:,}") for key, value in data["hbm"].items()]
+    moved = [(_HBM_LABELS.get(key, key), f"{value:,}") for key, value in data["hbm"].items()]
     print_table("HBM bytes of the whole run, all devices", ("", "bytes"), moved, numbers=(1,))
     total = sum(data["breakdown"].values())
     shares = [(cause, f"{count:,}", f"{count / total:.1%}") for cause, count in data["breakdown"].items() if count]

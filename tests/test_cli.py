@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -255,8 +256,27 @@ def test_a_closed_pipe_is_no_traceback(image: Path) -> None:
     assert made.stdout == "main:\n" and "Traceback" not in made.stderr
 
 
+def test_text_that_the_terminal_cannot_show_is_replaced(image: Path) -> None:
+    command = [sys.executable, "-m", "typebar", "run", str(image), "--prompt", "Na\xefve", "--max-new-tokens", "1"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    made = subprocess.run(command, capture_output=True, env=environment, timeout=60)
+    assert made.returncode == 0 and made.stdout.startswith(b"Na?ve")
+
+
 @pytest.mark.long
 def test_unary_errors(capsys: pytest.CaptureFixture[str]) -> None:
     found = data(capsys, "unary-errors")
     assert all(item["ulp"] <= 2 for item in found if item["function"] in ("exp", "recip", "rsqrt"))
     assert len(found) == 16 and "gelu_tanh" in output(capsys, "unary-errors")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("script", ["generate.py", "demo.py"])
+def test_examples_run(script: str, tmp_path: Path) -> None:
+    path = Path(__file__).parent.parent / "examples" / script
+    made = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert made.returncode == 0, made.stderr
+    if script == "demo.py":
+        assert "All 64 tokens equal torch's float32 greedy tokens." in made.stdout
+    else:
+        assert len(path.read_text().splitlines()) < 30 and "ms/token on 4 x u280" in made.stdout
