@@ -58,8 +58,8 @@ __all__ = [
 
 _ELEMENT = {Format.FP16: np.uint16, Format.BF16: np.int16, Format.INT8: np.int8, Format.FP32: np.float32}
 """Element types as the kernels tell formats apart."""
-_PRODUCTS_PER_THREAD = 1 << 17
-"""A thread is worth waking for this many products (about 50 microseconds)."""
+_PRODUCTS_PER_THREAD = 1 << 19
+"""A thread is worth waking for this many products (about 200 microseconds)."""
 
 
 class _Pool:
