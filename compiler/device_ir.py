@@ -158,13 +158,17 @@ class _Valued(_Op):
 
 @irdl_op_definition
 class ProgramOp(_Op):
-    """One token on each of `devices` devices; block arguments (token, position); ends with `tbd.head`."""
+    """One token on each of `devices` devices; block arguments (token, position); ends with `tbd.head`.
+
+    `allocate` sets `step`: places in the register file start at multiples of so many words.
+    """
 
     name = "tbd.program"
     vocab = prop_def(IntegerAttr)
     context = prop_def(IntegerAttr)
     devices = prop_def(IntegerAttr)
     align = prop_def(IntegerAttr)
+    step = opt_prop_def(IntegerAttr)
     body = region_def("single_block")
     assembly_format = "attr-dict-with-keyword $body"
 

@@ -10,40 +10,60 @@ from __future__ import annotations
 from typebar.compiler import device_ir as dev
 from typebar.compiler.emit.builder import R, reg
 from typebar.compiler.emit.vectors import Emission
+from typebar.compiler.scratch import heads_together
 from typebar.isa.instructions import FORMAT_BYTES, Function, Patch, Region, Scale, Source
 from typebar.isa.layout import packed_layout
 from typebar.isa.machine import LINE_BYTES
-from typebar.isa.program import float_bits
+from typebar.isa.program import Operand, float_bits
 
 _WORD, _IMMEDIATE = int(Source.WORD), int(Source.IMMEDIATE)
 _KV = int(Region.KV)
 
 
 def emit_attention(e: Emission, op: dev.AttentionOp) -> None:
-    """All local heads: a loop over heads, and inside it a loop over blocks where the context needs several."""
+    """All local heads: a loop over groups of heads, the heads that no whole group takes, and K and V to the cache."""
     build, cache = e.build, e.memory.caches[op]
     heads, pad = int(op.heads.value.data), int(op.pad.value.data)
+    group = heads_together(op, e.limits)
     _cache_offsets(e, op)
     scale = e.scratch(op)["scale"]
     build.add("vmov", b_from=_IMMEDIATE, imm=float_bits(op.scale.value.data), dst=scale, n=1)
-    build.constant(R.HEAD, 0)
     build.constant(R.OFFSET, 0)
     start = build.line(cache.line, e.base(Region.KV))
     build.add("sadd", rd=int(R.K_LINE), a=start, b=0)
-    loop = build.fresh("head")
-    build.label(loop)
-    build.add("sadd", rd=int(R.V_LINE), a=reg(R.K_LINE), b=build.any_size(cache.v_offset, R.T0))
+    whole, rest = divmod(heads, group)
+    if whole > 1:
+        loop = build.fresh("heads")
+        build.label(loop)
+        _emit_group(e, op, group)
+        build.increase(R.OFFSET, group * pad)
+        build.increase(R.K_LINE, group * cache.head_stride)
+        build.branch("blt", loop, reg(R.OFFSET), build.any_size(whole * group * pad, R.T0))
+    else:
+        _emit_group(e, op, group)
+        if rest:
+            build.increase(R.OFFSET, group * pad)
+            build.increase(R.K_LINE, group * cache.head_stride)
+    if rest:
+        _emit_group(e, op, rest)
+
+
+def _emit_group(e: Emission, op: dev.AttentionOp, count: int) -> None:
+    """`count` heads from register OFFSET and line K_LINE on."""
     if e.limits.context <= e.machine.attention_block:
-        _single_block(e, op)
+        _single_block(e, op, count)
     else:
         _blocks(e, op)
-    _store_k(e, op)
-    _store_v(e, op)
-    if heads > 1:
-        build.increase(R.OFFSET, pad)
-        build.increase(R.K_LINE, cache.head_stride)
-        build.increase(R.HEAD, 1)
-        build.branch("blt", loop, reg(R.HEAD), heads)
+    for head in range(count):
+        _store_k(e, op, head)
+        _store_v(e, op, head)
+
+
+def _lines(e: Emission, op: dev.AttentionOp, head: int) -> tuple[Operand, Operand]:
+    """Lines of K and of V of a head of the current group."""
+    cache = e.memory.caches[op]
+    k = head * cache.head_stride
+    return e.build.line(k, R.K_LINE, R.T1), e.build.line(k + cache.v_offset, R.K_LINE, R.T2)
 
 
 def _parts(e: Emission, op: dev.AttentionOp) -> tuple[int, int, int]:
@@ -70,25 +90,36 @@ def _cache_offsets(e: Emission, op: dev.AttentionOp) -> None:
         build.add("sadd", rd=int(register), a=reg(register), b=reg(R.T1))
 
 
-def _single_block(e: Emission, op: dev.AttentionOp) -> None:
+def _single_block(e: Emission, op: dev.AttentionOp, count: int) -> None:
+    """Step by step for all heads of a group, so that one head's latency passes while the others compute."""
     build, s = e.build, e.scratch(op)
     q, k, v = _parts(e, op)
-    size = int(op.head_dim.value.data)
-    length = reg(R.LENGTH)
-    build.add(
-        "matmul", format=int(e.format), region=_KV, full=1, patch=int(Patch.COLUMN), scaling=int(Scale.WORD), row_max=1,
-        dst=s["scores"], src=reg(R.OFFSET, q), k=size, n=length, line=reg(R.K_LINE), outer=1, inner=1,
-        scale=s["scale"], maximum=s["maximum"], patch_src=reg(R.OFFSET, k), patch_at=reg(R.POSITION),
-    )  # fmt: skip
-    build.add("vsub", b_from=_WORD, dst=s["scores"], a=s["scores"], b=s["maximum"], n=length)
-    build.add("vunary", function=int(Function.EXP), dst=s["scores"], a=s["scores"], n=length)
-    build.add("vsum", dst=s["sum"], a=s["scores"], n=length)
-    build.add("vunary", function=int(Function.RECIP), dst=s["sum"], a=s["sum"], n=1)
-    build.add(
-        "matmul", format=int(e.format), region=_KV, patch=int(Patch.LANE), scaling=int(Scale.WORD),
-        dst=reg(R.OFFSET, op.address), src=s["scores"], k=length, n=size, line=reg(R.V_LINE), outer=1, inner=1,
-        scale=s["sum"], patch_src=reg(R.OFFSET, v), patch_at=reg(R.POSITION),
-    )  # fmt: skip
+    size, pad = int(op.head_dim.value.data), int(op.pad.value.data)
+    length, heads = reg(R.LENGTH), range(count)
+    for head in heads:
+        line, _ = _lines(e, op, head)
+        build.add(
+            "matmul", format=int(e.format), region=_KV, full=1, patch=int(Patch.COLUMN), scaling=int(Scale.WORD),
+            row_max=1, dst=s[f"scores{head}"], src=reg(R.OFFSET, q + head * pad), k=size, n=length, line=line, outer=1,
+            inner=1, scale=s["scale"], maximum=s[f"maximum{head}"], patch_src=reg(R.OFFSET, k + head * pad),
+            patch_at=reg(R.POSITION),
+        )  # fmt: skip
+    for head in heads:
+        scores = s[f"scores{head}"]
+        build.add("vsub", b_from=_WORD, dst=scores, a=scores, b=s[f"maximum{head}"], n=length)
+    for head in heads:
+        build.add("vunary", function=int(Function.EXP), dst=s[f"scores{head}"], a=s[f"scores{head}"], n=length)
+    for head in heads:
+        build.add("vsum", dst=s[f"sum{head}"], a=s[f"scores{head}"], n=length)
+    for head in heads:
+        build.add("vunary", function=int(Function.RECIP), dst=s[f"sum{head}"], a=s[f"sum{head}"], n=1)
+    for head in heads:
+        _, line = _lines(e, op, head)
+        build.add(
+            "matmul", format=int(e.format), region=_KV, patch=int(Patch.LANE), scaling=int(Scale.WORD),
+            dst=reg(R.OFFSET, op.address + head * pad), src=s[f"scores{head}"], k=length, n=size, line=line, outer=1,
+            inner=1, scale=s[f"sum{head}"], patch_src=reg(R.OFFSET, v + head * pad), patch_at=reg(R.POSITION),
+        )  # fmt: skip
 
 
 def _blocks(e: Emission, op: dev.AttentionOp) -> None:
@@ -100,6 +131,7 @@ def _blocks(e: Emission, op: dev.AttentionOp) -> None:
     build.add("vmov", b_from=_IMMEDIATE, dst=out, n=size)
     build.constant(R.BLOCK, 0)
     build.add("sadd", rd=int(R.CHUNK), a=reg(R.K_LINE), b=0)
+    build.add("sadd", rd=int(R.V_LINE), a=reg(R.K_LINE), b=build.any_size(e.memory.caches[op].v_offset, R.T0))
     loop = build.fresh("block")
     build.label(loop)
     build.add("ssub", rd=int(R.PATCH), a=reg(R.POSITION), b=reg(R.BLOCK))
@@ -141,27 +173,26 @@ def _one_block(e: Emission, op: dev.AttentionOp) -> None:
     build.add("vadd", dst=out, a=out, b=s["part"], n=size)
 
 
-def _store_k(e: Emission, op: dev.AttentionOp) -> None:
-    """This position's K: one column, `lanes` elements a chunk."""
+def _store_k(e: Emission, op: dev.AttentionOp, head: int) -> None:
+    """This position's K of a head of the group: one column, `lanes` elements a chunk."""
     build, lanes, element = e.build, e.machine.matrix.lanes, FORMAT_BYTES[e.format]
     size = int(op.head_dim.value.data)
-    _, k, _ = _parts(e, op)
+    k = _parts(e, op)[1] + head * int(op.pad.value.data)
+    line, _ = _lines(e, op, head)
     chunk_bytes = e.machine.column_block * lanes * element
     whole, rest = divmod(size, lanes)
     if whole:
-        build.add("store", format=int(e.format), region=_KV, a=reg(R.OFFSET, k), line=reg(R.K_LINE), byte=reg(R.K_BYTE),
+        build.add("store", format=int(e.format), region=_KV, a=reg(R.OFFSET, k), line=line, byte=reg(R.K_BYTE),
                   outer=whole, inner=lanes, outer_bytes=chunk_bytes, inner_bytes=element)  # fmt: skip
     if rest:
-        build.add("store", format=int(e.format), region=_KV, a=reg(R.OFFSET, k + whole * lanes), line=reg(R.K_LINE),
+        build.add("store", format=int(e.format), region=_KV, a=reg(R.OFFSET, k + whole * lanes), line=line,
                   byte=reg(R.K_BYTE, whole * chunk_bytes), outer=1, inner=rest, inner_bytes=element)  # fmt: skip
 
 
-def _store_v(e: Emission, op: dev.AttentionOp) -> None:
-    """This position's V: one lane of every column."""
-    _, _, v = _parts(e, op)
-    if e.limits.context > e.machine.attention_block:
-        cache = e.memory.caches[op]
-        e.build.add("sadd", rd=int(R.V_LINE), a=reg(R.K_LINE), b=e.build.any_size(cache.v_offset, R.T0))
+def _store_v(e: Emission, op: dev.AttentionOp, head: int) -> None:
+    """This position's V of a head of the group: one lane of every column."""
+    v = _parts(e, op)[2] + head * int(op.pad.value.data)
+    _, line = _lines(e, op, head)
     stride = e.machine.matrix.lanes * FORMAT_BYTES[e.format]
-    e.build.add("store", format=int(e.format), region=_KV, a=reg(R.OFFSET, v), line=reg(R.V_LINE), byte=reg(R.V_BYTE),
+    e.build.add("store", format=int(e.format), region=_KV, a=reg(R.OFFSET, v), line=line, byte=reg(R.V_BYTE),
                 outer=1, inner=int(op.head_dim.value.data), inner_bytes=stride)  # fmt: skip

@@ -28,7 +28,6 @@ class R(IntEnum):
     LOCAL = 12
     KV = 13
     LENGTH = 14
-    HEAD = 15
     OFFSET = 16
     K_LINE = 17
     V_LINE = 18

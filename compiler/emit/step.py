@@ -57,15 +57,10 @@ def emit(module: ModuleOp, machine: Machine, memory: MemoryPlan, fmt: Format) ->
     """
     program = program_of(module)
     align, context, devices = (int(a.value.data) for a in (program.align, program.context, program.devices))
-    limits = Limits(
-        machine.vector.words,
-        align,
-        machine.segment_words,
-        machine.attention_block,
-        machine.column_block,
-        context,
-        devices,
-    )
+    if program.step is None:
+        raise TypebarError("the program has no registers: run the pass allocate first")
+    step, words = int(program.step.value.data), machine.vector.words
+    limits = Limits(words, align, step, machine.attention_block, machine.column_block, context, devices)
     _check_gathers(program, machine)
     e = Emission(Builder(), machine, memory, limits, fmt, program)
     _prologue(e)

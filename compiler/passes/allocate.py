@@ -36,7 +36,7 @@ class AllocatePass(ModulePass):
     column_block: int = 512
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
-        """Set `at` and `scratch` everywhere, and the head's `chunk`.
+        """Set `at` and `scratch` everywhere, the head's `chunk` and the program's `step`.
 
         Raises:
             AllocationError: nothing fits, even with the smallest chunk of logits and the tightest packing.
@@ -47,17 +47,18 @@ class AllocatePass(ModulePass):
 
     def _program(self, program: dev.ProgramOp) -> None:
         align, context, devices = (int(a.value.data) for a in (program.align, program.context, program.devices))
-        limits = Limits(self.words, align, self.segment, self.attention_block, self.column_block, context, devices)
         head = program.body.block.last_op
         assert isinstance(head, dev.HeadOp)
         lowest = 0
         for chunk in _chunks(head.words, self.column_block):
-            slots = _collect(program, limits, chunk)
             for step in (self.segment, align):
+                limits = Limits(self.words, align, step, self.attention_block, self.column_block, context, devices)
+                slots = _collect(program, limits, chunk)
                 lowest = _place(slots, step)
                 if lowest <= self.words:
                     _record(slots)
                     head.chunk = ir.number(chunk)
+                    program.step = ir.number(step)
                     return
         raise AllocationError(
             f"the program needs {lowest} words of registers and the machine has {self.words}: "
