@@ -148,13 +148,6 @@ class _Valued(_Op):
             raise VerifyException(f"{self.name} has no address: run the pass allocate first")
         return int(self.at.value.data)
 
-    @property
-    def scratch_address(self) -> int:
-        """The scratch space's word address; only after `allocate`."""
-        if self.scratch is None:
-            raise VerifyException(f"{self.name} has no scratch space: run the pass allocate first")
-        return int(self.scratch.value.data)
-
 
 @irdl_op_definition
 class ProgramOp(_Op):

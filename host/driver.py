@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from typebar.compiler.emit.head import DESCRIPTOR_WORDS, STORE_LOGITS
-from typebar.host.device import Bytes, Device, Register
+from typebar.host.device import Bytes, Device
 from typebar.host.engine import Engine, OnToken
 from typebar.host.facts import image_facts
 from typebar.isa.errors import TypebarError
@@ -17,6 +17,7 @@ from typebar.isa.image_plan import PACKED_REGIONS
 from typebar.isa.instructions import Region
 from typebar.isa.machine import LINE_BYTES
 from typebar.isa.numerics import NumericFlag
+from typebar.isa.registers import Register
 
 _FLAG_TEXT = {
     NumericFlag.OPERAND_OVERFLOW: "an operand of the matrix unit overflowed",

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from typebar.host.device import Bytes, Device, DeviceError, Poll, Register, Status, check_span
+from typebar.host.device import Bytes, Device, DeviceError, Poll, check_span
 from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import WRITABLE_REGIONS, Region, Trap
 from typebar.isa.machine import Machine
 from typebar.isa.program import Program
+from typebar.isa.registers import Register, Status
 from typebar.sim.functional import DeviceMemory, DeviceTrap, FunctionalSimulator
 
 Failure = Callable[[int, int], bool]

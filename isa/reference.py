@@ -53,6 +53,7 @@ from typebar.isa.instructions import (
 from typebar.isa.machine import LINE_BYTES, Machine
 from typebar.isa.numerics import NUMERICS_VERSION, NumericFlag, formats, vector
 from typebar.isa.program import Operand, encode_op, op
+from typebar.isa.registers import Register, Status
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "isa.md"
 COMMAND = "python -m typebar.isa.reference"
@@ -84,7 +85,7 @@ def generate() -> str:
     """The whole of docs/isa.md."""
     parts = [
         _introduction(), _model(), _word(), _kinds(), _enumerations(), _regions(), _summary(), *_instructions(),
-        _checks(), _traps(), _packed(), _images(), _numbers(), _assembly(), _machine(),
+        _checks(), _traps(), _control(), _packed(), _images(), _numbers(), _assembly(), _machine(),
     ]  # fmt: skip
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
@@ -297,6 +298,19 @@ On a trap, older instructions finish and younger ones never start; the control b
 instruction's index. Every instruction can also trap ILLEGAL and PROGRAM_END.
 
 {_table(("code", "name", "cause"), rows)}"""
+
+
+def _control() -> str:
+    registers = _table(("index", "name"), [(item.value, item.name) for item in Register])
+    states = _table(("value", "STATUS"), [(item.value, item.name) for item in Status])
+    return f"""
+## Control block
+
+{_document(Register)}
+
+{registers}
+
+{states}"""
 
 
 def _packed() -> str:

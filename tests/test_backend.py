@@ -15,12 +15,15 @@ import typebar
 from typebar.compiler.driver import Compiled, build, weights_format, write
 from typebar.compiler.evaluate import evaluate_step
 from typebar.compiler.frontend import FrontendModel, load_model
+from typebar.compiler.memory import IoMap
 from typebar.compiler.passes.allocate import AllocationError
 from typebar.compiler.problems import LoweringError
 from typebar.isa.errors import TypebarError
-from typebar.isa.instructions import Format
+from typebar.isa.image import Image
+from typebar.isa.instructions import Format, Region
 from typebar.isa.machine import Machine
 from typebar.isa.program import assemble, disassemble, encode
+from typebar.sim.functional import DeviceMemory, FunctionalSimulator
 from typebar.sim.timing import TimingResult, run_timing
 
 ODD_SHAPES = {
@@ -68,6 +71,40 @@ def test_logits_do_not_depend_on_the_number_of_devices(shape: dict[str, int], tm
     half = evaluate_step(source.module, source.weights, tokens, torch.float16).numpy()
     assert root_mean_square(first - exact) <= root_mean_square(half - exact)
     assert np.abs(exact).max() > 1, "the model's logits must be worth comparing"
+
+
+@pytest.mark.parametrize("shape", ODD_SHAPES.values(), ids=ODD_SHAPES.keys())
+def test_logits_do_not_depend_on_what_memory_and_registers_held(shape: dict[str, int], tmp_path: Path) -> None:
+    """Registers and caches full of NaN, as at power-up or after another image, change nothing."""
+    path, tokens = tmp_path / "image.safetensors", [1, 5, 2, 7, 3]
+    write(build(load_model(random_model(**shape)), Machine.load("tiny"), 2, Format.FP16), path)
+    results = []
+    for filler in (0, 0xFF):
+        image = Image.open(path)
+        devices = memories(image, tokens, filler)
+        simulator = FunctionalSimulator(image.program, image.machine, 2, devices)
+        for device in range(2):
+            simulator.vector_registers(device).view(np.uint8)[:] = filler
+        simulator.run()
+        io = IoMap(**image.manifest.io)
+        parts = [device.regions[Region.IO].view(np.uint32)[16 * io.logits_line :] for device in devices]
+        results.append(np.concatenate([part[: io.logits_per_device] for part in parts])[: shape["vocab_size"]])
+    assert np.array_equal(results[0], results[1])
+    assert np.isfinite(results[0].view(np.float32)).all()
+
+
+def memories(image: Image, tokens: list[int], filler: int) -> list[DeviceMemory]:
+    """Every device's regions: the caches full of `filler`, a request for one token in IO."""
+    made = []
+    for device in range(image.manifest.devices):
+        regions = {region: image.region(device, region) for region in (Region.WEIGHTS, Region.PARAMS, Region.LOCAL)}
+        regions[Region.KV] = np.full(image.manifest.regions[Region.KV], filler, np.uint8)
+        regions[Region.IO] = np.zeros(image.manifest.regions[Region.IO], np.uint8)
+        words = regions[Region.IO].view(np.int32)
+        words[:5] = [0, len(tokens), 1, -1, 1]
+        words[16 * image.manifest.io["tokens_line"] :][: len(tokens)] = tokens
+        made.append(DeviceMemory(regions))
+    return made
 
 
 def test_wide_model_with_heads_that_do_not_divide(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typebar.compiler import driver
 from typebar.compiler.frontend import load_model
 from typebar.host import generation
 from typebar.host.api import Generation, TextModel, load
-from typebar.host.device import DeviceError, Poll, Register, Status
+from typebar.host.device import DeviceError, Poll
 from typebar.host.driver import DeviceEngine
 from typebar.host.engine import Engine
 from typebar.host.sampling import Sampler, SamplingSettings
@@ -25,6 +25,7 @@ from typebar.isa.errors import TypebarError
 from typebar.isa.image import Image
 from typebar.isa.instructions import Format, Region
 from typebar.isa.machine import Machine
+from typebar.isa.registers import Register, Status
 from typebar.models import find
 
 PROMPTS = ["In the beginning", "Shall I compare thee", "O my lord,", "And it came to pass"]

@@ -169,7 +169,14 @@ def test_bytes_time_and_causes(s: Shape, changes: Mapping[str, object], devices:
     for device, counters in enumerate(result.counters):
         assert counters.weights_fetched_bytes == weights
         assert counters.kv_fetched_bytes == caches
-        assert counters.kv_useful_written_bytes % (passes * s.layers * 2 * s.head_dim * E) == 0
+        local_heads = ceil(s.heads, devices) // devices
+        lanes, row = machine.matrix.lanes, machine.row_bytes
+        stored = passes * s.layers * local_heads
+        assert counters.kv_useful_written_bytes == stored * 2 * s.head_dim * E
+        k_rows = ceil(s.head_dim, lanes) // lanes
+        v_rows = min(s.head_dim, ceil(s.head_dim * lanes * E, row) // row)
+        assert counters.kv_written_bytes == stored * (k_rows + v_rows) * row
+        assert result.total_cycles * machine.ddr.bytes_per_cycle >= counters.ddr_bytes
         moved = weights + caches + counters.kv_written_bytes
         assert result.total_cycles * machine.row_bytes >= moved
         assert result.total_cycles * peak >= counters.macs

@@ -28,6 +28,9 @@ def emit_attention(e: Emission, op: dev.AttentionOp) -> None:
     _cache_offsets(e, op)
     scale = e.scratch(op)["scale"]
     build.add("vmov", b_from=_IMMEDIATE, imm=float_bits(op.scale.value.data), dst=scale, n=1)
+    if pad > int(op.head_dim.value.data):
+        build.note("words between heads meet zero weights, but must be numbers")
+        build.add("vmov", b_from=_IMMEDIATE, dst=op.address, n=heads * pad)
     build.constant(R.OFFSET, 0)
     start = build.line(cache.line, e.base(Region.KV))
     build.add("sadd", rd=int(R.K_LINE), a=start, b=0)

@@ -88,10 +88,6 @@ class Builder:
         self._targets[len(self._ops)] = label
         self.add(name, a=a, b=b)
 
-    def jump(self, label: str) -> None:
-        """Append an unconditional branch."""
-        self.branch("beq", label, 0, 0)
-
     def constant(self, register: R, value: int) -> None:
         """Load a constant."""
         self.add("sli", rd=int(register), value=value)

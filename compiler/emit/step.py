@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from xdsl.dialects.builtin import ModuleOp
-from xdsl.ir import Block, Operation
+from xdsl.dialects.builtin import ModuleOp, StringAttr
+from xdsl.ir import Operation
 
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
@@ -128,8 +128,18 @@ def _emit_op(e: Emission, op: Operation) -> None:
 
 
 def _node(op: Operation) -> str:
-    hint = op.results[0].name_hint if op.results else None
-    return f"{op.name.removeprefix('tbd.')} {hint}" if hint else op.name.removeprefix("tbd.")
+    """What an operation is called in comments: its kind, the parameters it reads and the exporter's node."""
+    if isinstance(op, dev.MatrixOp | dev.BiasOp):
+        names = [(item.bias if isinstance(op, dev.BiasOp) else item.weight) or "" for item in op.pieces]
+    elif isinstance(op, dev.ParamOp):
+        names = [ir.text(op.symbol_)]
+    elif isinstance(op, dev.LookupOp):
+        names = [ir.text(op.table)]
+    else:
+        names = []
+    node = op.attributes.get("node")
+    words = [op.name.removeprefix("tbd."), *dict.fromkeys(names)]
+    return " ".join(words) + (f" ({node.data})" if isinstance(node, StringAttr) else "")
 
 
 def _emit_loop(e: Emission, loop: ir.RepeatOp) -> None:
@@ -165,6 +175,3 @@ def _emit_loop(e: Emission, loop: ir.RepeatOp) -> None:
 def _copy(e: Emission, source: int, target: int, words: int) -> None:
     if source != target:
         e.build.add("vmov", dst=target, b=source, n=words)
-
-
-__all__ = ["Block", "emit"]

@@ -1,0 +1,33 @@
+"""Figures that the first issue asks for, by the commands in benchmarks/ that print them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.long
+
+
+def figures(script: str) -> dict[str, Any]:
+    command = [sys.executable, f"benchmarks/{script}", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def test_functional_simulator_keeps_a_quarter_of_torchs_speed() -> None:
+    assert figures("functional_speed.py")["speed_ratio"] >= 0.25
+
+
+def test_simulating_gpt2_xl_is_quick_and_small() -> None:
+    report = figures("simulate_xl.py")
+    assert report["command_s"] <= 60
+    assert report["peak_memory_mb"] <= 4096
+    assert report["device_cycles_per_s"] >= 20e6
+    assert report["program_bytes"] <= 64 * 1024
