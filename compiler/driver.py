@@ -21,10 +21,9 @@ from typebar.compiler.passes.partition import PartitionPass
 from typebar.isa.errors import TypebarError
 from typebar.isa.image import Image
 from typebar.isa.image_manifest import Manifest
-from typebar.isa.image_plan import MAX_DEVICES
 from typebar.isa.image_writer import write_image
 from typebar.isa.instructions import Format
-from typebar.isa.machine import Machine
+from typebar.isa.machine import MAX_DEVICES, Machine
 from typebar.isa.program import Program, encode
 
 
@@ -65,10 +64,10 @@ def check_devices(devices: int) -> None:
     """Refuse a ring of an impossible size, before anything long is done for it.
 
     Raises:
-        TypebarError: the device count is out of range.
+        TypebarError: the device count is no integer or out of range.
     """
-    if not 1 <= devices <= MAX_DEVICES:
-        raise TypebarError(f"a ring has 1 to {MAX_DEVICES} devices, not {devices}: choose another number")
+    if isinstance(devices, bool) or not isinstance(devices, int) or not 1 <= devices <= MAX_DEVICES:
+        raise TypebarError(f"a ring has 1 to {MAX_DEVICES} devices, not {devices!r}: give an integer in that range")
 
 
 def build(model: FrontendModel, machine: Machine, devices: int, fmt: Format) -> Compiled:

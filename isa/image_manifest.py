@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any, NoReturn
 
 from typebar.isa.image_plan import (
-    MAX_DEVICES,
     PACKED_REGIONS,
     AddressMap,
     ImageError,
@@ -19,7 +18,7 @@ from typebar.isa.image_plan import (
     plan_regions,
 )
 from typebar.isa.instructions import HBM_REGIONS, ISA_VERSION, WORD_BYTES, Format, Region
-from typebar.isa.machine import LINE_BYTES, Machine, MachineError
+from typebar.isa.machine import LINE_BYTES, MAX_DEVICES, Machine, MachineError
 from typebar.isa.numerics import NUMERICS_VERSION
 
 FORMAT_VERSION = 1

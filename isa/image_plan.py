@@ -13,11 +13,10 @@ from typing import Any
 
 from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import Region
-from typebar.isa.machine import LINE_BYTES, Machine
+from typebar.isa.machine import LINE_BYTES, MAX_DEVICES, Machine
 
 PAGE_BYTES = 4096
 """The file's data, every region and every tensor in a region start at a multiple of this many bytes."""
-MAX_DEVICES = 64
 PACKED_REGIONS = (Region.PARAMS, Region.WEIGHTS, Region.LOCAL)
 """Regions whose contents are in the image; KV and IO have only a size."""
 

@@ -19,6 +19,8 @@ from typebar.isa.errors import TypebarError
 
 LINE_BYTES = 64
 """Memory addresses in instructions count lines of this many bytes (one 512-bit AXI beat), on every machine."""
+MAX_DEVICES = 64
+"""The largest ring."""
 
 
 class MachineError(TypebarError):

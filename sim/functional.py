@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import WORD_BYTES, Trap
-from typebar.isa.machine import Machine
+from typebar.isa.machine import MAX_DEVICES, Machine
 from typebar.isa.numerics import NumericFlag
 from typebar.isa.program import Op, Program, decode_op
 from typebar.sim import kernels
@@ -23,7 +23,6 @@ from typebar.sim.functional_ops import AT_RING, BUILDERS, Builder, Step, gather
 from typebar.sim.functional_state import DeviceMemory, DeviceState, DeviceTrap, StoreHook
 
 __all__ = [
-    "MAX_DEVICES",
     "DeviceMemory",
     "DeviceTrap",
     "FlagEvent",
@@ -33,9 +32,6 @@ __all__ = [
 
 FailureRule = Callable[[int, int], bool]
 """Called as rule(device, executed) before every instruction; true means that the device is lost from now on."""
-
-MAX_DEVICES = 64
-"""The largest ring."""
 
 
 @dataclass(frozen=True)

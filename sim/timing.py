@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 
 from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import TRAP_TEXT, Trap
-from typebar.isa.machine import Machine
+from typebar.isa.machine import MAX_DEVICES, Machine
 from typebar.isa.program import Program, tables
 from typebar.isa.timing import UNIT_NAMES, Cause, timing_parameters
 from typebar.sim.timing_core import BUDGET, FINISHED, GROW, advance
 from typebar.sim.timing_state import C_DRAIN, COUNTERS, LOG, TRACE, Code, State, new_state
 
-MAX_DEVICES = 64
 DEFAULT_MAX_INSTRUCTIONS = 1_000_000_000
 _SLICE = 20_000_000
 """Instructions between two returns to Python, so that an interrupt is heard."""
@@ -80,17 +79,11 @@ class TimingResult:
 
     total_cycles: int
     devices: int
-    clock_mhz: int
     device_cycles: tuple[int, ...]
     causes: tuple[dict[str, dict[str, int]], ...]
     counters: tuple[Counters, ...]
     stores: tuple[StoreRecord, ...]
     trace: Trace | None
-
-    @property
-    def milliseconds(self) -> float:
-        """Time from start until the last device halts."""
-        return self.total_cycles / (self.clock_mhz * 1e3)
 
 
 def run_timing(
@@ -165,7 +158,6 @@ def _result(state: State, machine: Machine) -> TimingResult:
     return TimingResult(
         total_cycles=total,
         devices=len(state.pc),
-        clock_mhz=machine.clock_mhz,
         device_cycles=tuple(int(time) for time in state.time),
         causes=causes,
         counters=tuple(Counters(*(int(value) for value in row)) for row in state.counters),
