@@ -50,12 +50,14 @@ def _read(text: str, context: Context) -> ModuleOp:
 
 
 def run_passes(text: str, passes: Sequence[str]) -> str:
-    """The module in `text` after the named passes, as text; raises TypebarError for bad text or an unknown pass."""
+    """The module in `text` after the named passes, as text; raises TypebarError for bad text, a pass
+    unknown, or one that finds nothing to work on."""
     chosen = [_pass(name) for name in passes]
     context = device_ir.context()
     module = _read(text, context)
     _check(module)
     for step in chosen:
+        _check_subject(step, module)
         step.apply(context, module)
         _check(module)
     return str(module) + "\n"
@@ -73,6 +75,17 @@ def _pass(text: str) -> ModulePass:
     except (ValueError, ArgSpecParseError) as error:
         raise TypebarError(f"pass {text!r}: {str(error).splitlines()[-1].strip()}") from error
     raise TypebarError(f"there is no pass {spec.name!r}; the passes are {', '.join(PASSES)}")
+
+
+def _check_subject(step: ModulePass, module: ModuleOp) -> None:
+    """Refuse a pass of the second half that would find nothing to work on."""
+    if not isinstance(step, _BACK):
+        return
+    wanted, before = device_ir.ProgramOp.name, PartitionPass.name
+    if isinstance(step, PartitionPass):
+        wanted, before = ir.StepOp.name, MakeIncremental.name
+    if not any(item.name == wanted for item in module.body.block.ops):
+        raise TypebarError(f"pass {step.name!r} needs a {wanted}, and the module has none: run {before!r} first")
 
 
 def _check(module: ModuleOp) -> None:

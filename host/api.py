@@ -21,8 +21,9 @@ from typebar.host import generation
 from typebar.host.engine import Engine
 from typebar.host.facts import image_facts
 from typebar.host.report import SimulationReport, simulate
-from typebar.host.sampling import Sampler, SamplingSettings
+from typebar.host.sampling import Sampler, SamplingSettings, as_integer
 from typebar.host.select import Candidate, candidates
+from typebar.host.streamer import Listener, Streamer
 from typebar.host.tokenizer import TextStream, TextTokenizer
 from typebar.isa.errors import TypebarError
 from typebar.isa.image import Image, Manifest
@@ -33,16 +34,13 @@ if TYPE_CHECKING:
 
     from typebar.compiler.frontend import FrontendModel
 
-Streamer = Callable[[str], None]
-"""Called with each piece of text as it becomes certain; the pieces joined are the generated text."""
-
 
 @dataclass(frozen=True)
 class CompiledImage(os.PathLike[str]):
     """An image that `compile` wrote; usable wherever a path is."""
 
     path: Path
-    manifest: Manifest
+    manifest: Manifest = field(repr=False)
 
     def __fspath__(self) -> str:
         """The path of the file."""
@@ -187,7 +185,7 @@ class TextModel:
             top_k: draw among the k most likely tokens; None for all.
             top_p: draw among the fewest tokens whose probabilities reach it; None for all.
             seed: equal seeds give equal tokens on devices of equal numerics; None for a fresh one.
-            streamer: called with each piece of text as it becomes certain.
+            streamer: called with each piece of text as it becomes certain; or a streamer of Hugging Face's, fed tokens.
             eos_token_id: token that ends the text; None for the model's own, -1 for none.
 
         Raises:
@@ -197,11 +195,11 @@ class TextModel:
         settings = SamplingSettings(temperature, top_k, top_p, seed)
         if not do_sample and settings != SamplingSettings(seed=seed):
             raise TypebarError("temperature, top_k and top_p act only when sampling: give do_sample, or leave them out")
-        given = self._prompt(prompt, input_ids)
-        generation.check_length(self._facts.context, len(given), max_new_tokens)
+        given, listener = self._prompt(prompt, input_ids), Listener(streamer)
+        count = generation.check_length(self._facts.context, len(given), max_new_tokens)
         sampler = Sampler(settings) if do_sample else None
-        request = generation.Request(given, max_new_tokens, self._end(eos_token_id), sampler)
-        text = self._run(request, streamer)
+        request = generation.Request(given, count, self._end(eos_token_id), sampler)
+        text = self._run(request, listener)
         engine = self._chain.engine()
         return Generation(
             text=text,
@@ -260,26 +258,33 @@ class TextModel:
     def _end(self, token: int | None) -> int | None:
         if token is None:
             return self._facts.end
-        if isinstance(token, bool) or not isinstance(token, int) or not -1 <= token < self._facts.vocab:
+        plain = as_integer(token)
+        if plain is None or not -1 <= plain < self._facts.vocab:
             raise TypebarError(f"eos_token_id must be from 0 to {self._facts.vocab - 1}, or -1 for none, not {token!r}")
-        return None if token == -1 else token
+        return None if plain == -1 else plain
 
-    def _run(self, request: generation.Request, streamer: Streamer | None) -> str | None:
+    def _run(self, request: generation.Request, listener: Listener) -> str | None:
         """Generate, streaming; returns the text."""
-        if self._tokenizer is None and streamer is None:
-            generation.run(self._chain, request, lambda token: None)
-            return None
-        stream, pieces = TextStream(self.tokenizer, request.prompt), []
+        wanted = self._tokenizer is not None or listener.text is not None
+        stream, pieces = TextStream(self.tokenizer, request.prompt) if wanted else None, []
 
         def show(piece: str) -> None:
             if piece:
                 pieces.append(piece)
-                if streamer is not None:
-                    streamer(piece)
+                if listener.text is not None:
+                    listener.text(piece)
 
-        generation.run(self._chain, request, lambda token: show(stream.put(token)))
-        show(stream.end())
-        return "".join(pieces)
+        def take(token: int) -> None:
+            listener.token(token)
+            if stream is not None:
+                show(stream.put(token))
+
+        listener.prompt(request.prompt)
+        generation.run(self._chain, request, take)
+        if stream is not None:
+            show(stream.end())
+        listener.end()
+        return None if stream is None else "".join(pieces)
 
 
 def load(path: str | os.PathLike[str], device: str | Sequence[str | Candidate] = "auto") -> TextModel:

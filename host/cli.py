@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # generated text may not fit the terminal's encoding
 
     def run() -> int:
+        if sys.stdout is None:  # closed by the caller, as `>&-` does
+            raise OSError("standard output is closed: send it somewhere, for example to /dev/null")
         status = app(args=arguments, prog_name="typebar", standalone_mode=False)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0

@@ -152,7 +152,7 @@ def simulate(
     shape: Annotated[str | None, typer.Option(help="A shape without weights, such as gpt2-xl.")] = None,
     machine: Annotated[str | None, typer.Option(help="Default: the image's, or u280.")] = None,
     devices: Annotated[int | None, typer.Option(help="Default: the image's, or 4.")] = None,
-    weights: Weights = WeightFormat.FP16,
+    weights: Annotated[WeightFormat | None, typer.Option("--weights", help="Default: the image's, or fp16.")] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a machine parameter.")
     ] = None,
@@ -172,7 +172,7 @@ def simulate(
             source,
             machine=machine,
             devices=devices,
-            weights=weights.value,
+            weights=None if weights is None else weights.value,
             settings=settings(changes or []),
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,

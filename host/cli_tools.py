@@ -80,6 +80,8 @@ def asm(
     from typebar.isa.program import assemble, encode
 
     program = assemble(read_text(file, "assembly file"))
+    if not program.ops:
+        raise TypebarError(f"assembly file {file!r} has no instructions: give at least one, such as halt")
     words = encode(program).tobytes()
     if output is not None:
         write_file(output, words)

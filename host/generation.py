@@ -10,7 +10,7 @@ from typing import TypeVar
 from typebar.host.device import DeviceError
 from typebar.host.engine import Engine, OnToken
 from typebar.host.facts import ImageFacts
-from typebar.host.sampling import Sampler
+from typebar.host.sampling import Sampler, checked_integer
 from typebar.host.select import Candidate
 from typebar.isa.errors import TypebarError
 from typebar.isa.image import Image
@@ -101,14 +101,13 @@ def check_tokens(facts: ImageFacts, tokens: Sequence[int]) -> list[int]:
     return ids
 
 
-def check_length(context: int, prompt_tokens: int, new_tokens: int) -> None:
-    """Refuse to generate nothing, or beyond the model's context.
+def check_length(context: int, prompt_tokens: int, new_tokens: int) -> int:
+    """`new_tokens` as a plain integer; refuses to generate nothing, or beyond the model's context.
 
     Raises:
         TypebarError: names both numbers, and how many new tokens there is room for.
     """
-    if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 1:
-        raise TypebarError(f"max_new_tokens must be an integer, at least 1, not {new_tokens!r}")
+    new_tokens = checked_integer("max_new_tokens", new_tokens, 1, "at least 1")
     if prompt_tokens >= context:
         raise TypebarError(
             f"the prompt has {prompt_tokens} tokens and leaves no room in the model's context of {context}: shorten it"
@@ -118,6 +117,7 @@ def check_length(context: int, prompt_tokens: int, new_tokens: int) -> None:
             f"{prompt_tokens} tokens of prompt and max_new_tokens = {new_tokens} exceed the model's context of"
             f" {context}: ask for at most {context - prompt_tokens}"
         )
+    return new_tokens
 
 
 def run(chain: Chain, request: Request, on_token: OnToken) -> None:

@@ -42,7 +42,7 @@ from typebar.isa.program import Program, encode, op
 from typebar.sim.timing import TimingResult, run_timing
 
 _WORD = 4
-_DEFAULT_MACHINE, _DEFAULT_DEVICES = "u280", 4
+_DEFAULT_MACHINE, _DEFAULT_DEVICES, _DEFAULT_WEIGHTS = "u280", 4, "fp16"
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def simulate(
     source: str | os.PathLike[str],
     machine: str | os.PathLike[str] | Machine | None = None,
     devices: int | None = None,
-    weights: str = "fp16",
-    settings: Mapping[str, str] | None = None,
+    weights: str | None = None,
+    settings: Mapping[str, str | int] | None = None,
     prompt_tokens: int = 64,
     new_tokens: int = 64,
     trace: str | os.PathLike[str] | None = None,
@@ -101,8 +101,8 @@ def simulate(
         machine: where to run it; an image's own by default, `u280` for the others. For an image, one that differs from
             its own only in timing will do.
         devices: devices on the ring; an image's own number, 4 for the others.
-        weights: fp16 or bf16, for what is no image.
-        settings: machine parameters to override, such as {"hbm.latency": "80"}.
+        weights: fp16 or bf16; an image's own format, fp16 for the others.
+        settings: machine parameters to override, such as {"hbm.latency": 80}.
         prompt_tokens: tokens of the prompt.
         new_tokens: tokens to generate; none of them ends the text.
         trace: a file to write a Perfetto trace to.
@@ -111,7 +111,9 @@ def simulate(
         TypebarError: in one line, for anything that the caller can mend.
     """
     start = time.perf_counter()
-    subject = _subject(source, machine, devices, weights, settings or {})
+    if trace is not None:
+        _check_trace(trace)
+    subject = _subject(source, machine, devices, weights, _texts(settings))
     _check_lengths(prompt_tokens, new_tokens, subject.context)
     io = _io_words(subject, prompt_tokens, new_tokens)
     # A first run that only halts brings in the compiled simulator, so that the rate measured is the simulator's own.
@@ -128,13 +130,41 @@ def simulate(
     return _report(subject, result, prompt_tokens, new_tokens, seconds, start)
 
 
+def _check_trace(trace: str | os.PathLike[str]) -> None:
+    """Refuse, before the long run, a file that could not be written after it."""
+    if not isinstance(trace, str | os.PathLike):
+        raise TypebarError(f"trace must be a path, not {trace!r}: name a file")
+    path, name = Path(trace), os.fspath(trace)
+    if path.is_dir():
+        raise TypebarError(f"trace {name!r} is a directory: name a file")
+    if not path.parent.is_dir():
+        raise TypebarError(f"trace {name!r} cannot be written: No such folder; create it or name another")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise TypebarError(f"trace {name!r} cannot be written: its folder is not writable; name another")
+
+
+def _texts(settings: Mapping[str, str | int] | None) -> dict[str, str]:
+    """Settings as the command line gives them."""
+    if settings is None:
+        return {}
+    if not isinstance(settings, Mapping):
+        raise TypebarError(f'settings must be a mapping, not {settings!r}: for example {{"hbm.latency": 80}}')
+    return {key: str(value) for key, value in settings.items()}
+
+
 def _subject(
     source: str | os.PathLike[str],
     machine: str | os.PathLike[str] | Machine | None,
     devices: int | None,
-    weights: str,
+    weights: str | None,
     settings: Mapping[str, str],
 ) -> _Subject:
+    if not isinstance(source, str | os.PathLike):
+        raise TypebarError(
+            f"cannot simulate {source!r}: give an image, a checkpoint directory, or a shape's or model's name"
+        )
+    if not isinstance(machine, str | os.PathLike | Machine | None):
+        raise TypebarError(f"machine cannot be {machine!r}: give a shipped machine's name, a .toml file or a machine")
     target = machine if isinstance(machine, Machine) or machine is None else Machine.load(os.fspath(machine))
     path = Path(source)
     if path.is_dir() or not path.exists():
@@ -148,6 +178,10 @@ def _subject(
             raise TypebarError(
                 f"the image is for {count_of(manifest.devices, 'device')}, not {devices}: compile it for {devices}"
             )
+        if weights not in (None, manifest.weights_format):
+            raise TypebarError(
+                f"the image has {manifest.weights_format} weights, not {weights}: leave it out or compile for {weights}"
+            )
         facts = image_facts(image)
         return _Subject(
             image.program,
@@ -160,13 +194,13 @@ def _subject(
         )
 
 
-def _compiled(source: str | os.PathLike[str], machine: Machine, devices: int, weights: str) -> _Subject:
+def _compiled(source: str | os.PathLike[str], machine: Machine, devices: int, weights: str | None) -> _Subject:
     """A model compiled as far as its program; its weights are not read."""
     from typebar.compiler import driver
     from typebar.compiler.frontend import SHAPES, load_model
     from typebar.models import shipped
 
-    fmt = driver.weights_format(weights)
+    fmt = driver.weights_format(_DEFAULT_WEIGHTS if weights is None else weights)
     driver.check_devices(devices)
     name = os.fspath(source)
     places = {model.name: model.path for model in shipped()}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import numbers
+import operator
 import secrets
 import sys
 from dataclasses import dataclass
@@ -33,24 +36,46 @@ class SamplingSettings:
     """Seed of the generator; None draws one from the operating system."""
 
     def __post_init__(self) -> None:
-        """Check every value."""
-        _check_number("temperature", self.temperature, "a finite number above 0", sys.float_info.max)
+        """Check every value, and keep it as Python's own number."""
+        found: dict[str, Any] = {
+            "temperature": _number("temperature", self.temperature, "a finite number above 0", sys.float_info.max)
+        }
         if self.top_k is not None:
-            _check_integer("top_k", self.top_k, 1, "at least 1; leave it out to keep every token")
+            found["top_k"] = checked_integer("top_k", self.top_k, 1, "at least 1; leave it out to keep every token")
         if self.top_p is not None:
-            _check_number("top_p", self.top_p, "a number above 0 and at most 1", 1)
+            found["top_p"] = _number("top_p", self.top_p, "a number above 0 and at most 1", 1)
         if self.seed is not None:
-            _check_integer("seed", self.seed, 0, "at least 0")
+            found["seed"] = checked_integer("seed", self.seed, 0, "at least 0")
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
 
-def _check_number(name: str, value: Any, rule: str, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= high:
-        raise TypebarError(f"{name} must be {rule}, not {value!r}")
+def _number(name: str, value: Any, rule: str, high: float) -> float:
+    if not isinstance(value, bool) and isinstance(value, numbers.Real):
+        with contextlib.suppress(OverflowError):
+            if 0 < (plain := float(value)) <= high:
+                return plain
+    raise TypebarError(f"{name} must be {rule}, not {value!r}")
 
 
-def _check_integer(name: str, value: Any, low: int, rule: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
+def as_integer(value: Any) -> int | None:
+    """A value as a plain integer, also numpy's and torch's; None for what is no integer, and for booleans."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def checked_integer(name: str, value: Any, low: int, rule: str) -> int:
+    """A value as a plain integer.
+
+    Raises:
+        TypebarError: it is no integer or less than `low`; the message names it and the `rule`.
+    """
+    plain = as_integer(value)
+    if plain is None or plain < low:
         raise TypebarError(f"{name} must be an integer, {rule}, not {value!r}")
+    return plain
 
 
 class Sampler:

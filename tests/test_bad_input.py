@@ -22,6 +22,8 @@ from safetensors.numpy import load_file, save_file
 from typebar.host.cli import main
 from typebar.models import find
 
+FRONT = Path(__file__).parent / "compiler" / "front"
+STEP, GRAPH = FRONT / "gpt2_step.mlir", FRONT / "mask_causal.mlir"
 TOKENIZER = find("folio-draft").path / "tokenizer.json"
 CONFIG = {
     "architectures": ["GPT2LMHeadModel"],
@@ -277,6 +279,24 @@ TEXTS: dict[str, Case] = {
         "tb.sing",
     ),
     "IR without a graph": (lambda w: ["opt", w.file("a.mlir", "builtin.module {}")], "invalid module"),
+    "partition without a step": (
+        lambda w: ["opt", w.file("a.mlir", GRAPH.read_text().partition("// -----")[0]), "-p", "partition"],
+        "pass 'partition' needs a tb.step, and the module has none: run 'make-incremental' first",
+    ),
+    "fuse without a program": (
+        lambda w: ["opt", w.file("a.mlir", STEP.read_text()), "-p", "fuse"],
+        "pass 'fuse' needs a tbd.program, and the module has none: run 'partition' first",
+    ),
+    "allocate without a program": (
+        lambda w: ["opt", w.file("a.mlir", STEP.read_text()), "-p", "allocate"],
+        "pass 'allocate' needs a tbd.program",
+    ),
+    "partition twice": (
+        lambda w: ["opt", w.file("a.mlir", STEP.read_text()), "-p", "partition,partition"],
+        "needs a tb.step",
+    ),
+    "assembly without instructions": (lambda w: ["asm", w.file("a.s", "; none\n")], "has no instructions"),
+    "weights that are not the image's": (lambda w: simulating(w, "--weights", "bf16"), "has fp16 weights, not bf16"),
     "IR file missing": (lambda w: ["opt", str(w.folder / "none.mlir")], "cannot be read"),
     "IR file not text": (lambda w: ["opt", overwritten(Path(w.file("a", "xxxx")), 0, b"\xff\xfe")], "not UTF-8"),
     "unknown instruction": (lambda w: ["asm", w.file("a.s", "halt\nfly\n")], "line 2: unknown instruction 'fly'"),
@@ -330,7 +350,7 @@ OUTPUTS: dict[str, Case] = {
     ),
     "trace into a missing folder": (
         lambda w: simulating(w, "--trace", str(w.folder / "none" / "trace.json")),
-        "No such file",
+        "No such folder",
     ),
     "assembly into a missing folder": (
         lambda w: ["asm", w.file("a.s", "halt\n"), "-o", str(w.folder / "none" / "a.bin")],

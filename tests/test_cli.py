@@ -256,6 +256,13 @@ def test_a_closed_pipe_is_no_traceback(image: Path) -> None:
     assert made.stdout == "main:\n" and "Traceback" not in made.stderr
 
 
+def test_closed_standard_output_is_one_line() -> None:
+    command = f"{sys.executable} -m typebar machines >&-"
+    made = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert made.returncode == FAILED and made.stderr.count("\n") == 1
+    assert made.stderr.startswith("typebar: error: standard output is closed")
+
+
 def test_text_that_the_terminal_cannot_show_is_replaced(image: Path) -> None:
     command = [sys.executable, "-m", "typebar", "run", str(image), "--prompt", "Na\xefve", "--max-new-tokens", "1"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import typebar
+from typebar.host import report as host_report
 from typebar.host.report import SimulationReport, simulate
 from typebar.isa.errors import TypebarError
 from typebar.isa.image import Image
@@ -97,6 +99,8 @@ def test_a_model_needs_no_image(image: Path, report: SimulationReport) -> None:
 def test_timing_parameters_may_be_changed(image: Path, report: SimulationReport) -> None:
     slower = simulate(image, settings={"ring.hop_latency": "1000"}, prompt_tokens=PROMPT, new_tokens=NEW)
     assert slower.total_cycles > report.total_cycles and slower.program_sha256 == report.program_sha256
+    as_number = simulate(image, settings={"ring.hop_latency": 1000}, prompt_tokens=PROMPT, new_tokens=NEW)
+    assert as_number.total_cycles == slower.total_cycles
     slow_clock = simulate(image, settings={"clock_mhz": "100"}, prompt_tokens=PROMPT, new_tokens=NEW)
     assert slow_clock.prefill["ms"] > report.prefill["ms"] and slow_clock.clock_mhz == 100
 
@@ -107,6 +111,22 @@ def test_a_trace_is_written(image: Path, tmp_path: Path, report: SimulationRepor
     assert traced.total_cycles == report.total_cycles
     events = json.loads(out.read_text())["traceEvents"]
     assert len(events) > report.instructions / 2
+
+
+def test_a_trace_that_cannot_be_written_is_found_first(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_report, "run_timing", lambda *_, **__: pytest.fail("the simulation has started"))
+    with pytest.raises(TypebarError, match="No such folder; create it or name another"):
+        simulate(image, trace=tmp_path / "none" / "trace.json")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # the superuser may write anywhere
+    with pytest.raises(TypebarError, match="its folder is not writable; name another"):
+        simulate(image, trace=tmp_path / "trace.json")
+
+
+def test_the_images_own_format_may_be_named(image: Path, report: SimulationReport) -> None:
+    named = simulate(image, weights="fp16", prompt_tokens=PROMPT, new_tokens=NEW)
+    assert named.total_cycles == report.total_cycles
 
 
 @pytest.mark.parametrize(
@@ -121,6 +141,12 @@ def test_a_trace_is_written(image: Path, tmp_path: Path, report: SimulationRepor
         ({"settings": {"matrix.interleave": "8"}}, "it needs matrix.interleave 16 \\(not 8\\)"),
         ({"settings": {"hbm.latency": "0"}}, "hbm.latency = 0 is outside"),
         ({"settings": {"hbm.speed": "3"}}, "unknown machine parameter 'hbm.speed'"),
+        ({"settings": {"hbm.latency": 1.5}}, "hbm.latency"),
+        ({"settings": ["hbm.latency=80"]}, "settings must be a mapping, not \\['hbm.latency=80'\\]"),
+        ({"weights": "bf16"}, "the image has fp16 weights, not bf16: leave it out or compile for bf16"),
+        ({"machine": 3}, "machine cannot be 3: give a shipped machine's name"),
+        ({"trace": 3}, "trace must be a path, not 3"),
+        ({"trace": "."}, "trace '.' is a directory: name a file"),
     ],
 )
 def test_bad_arguments_are_one_line(image: Path, arguments: dict, message: str) -> None:
@@ -135,6 +161,11 @@ def test_bad_arguments_are_one_line(image: Path, arguments: dict, message: str) 
         ("gpt5", {}, "no image 'gpt5', and no shape of that name; shapes and models are: gpt2,"),
         ("gpt2", {"devices": 65}, "1 to 64 devices, not 65"),
         ("gpt2", {"weights": "fp8"}, "choose fp16 or bf16"),
+        ("gpt2", {"devices": "4"}, "1 to 64 devices, not '4': give an integer in that range"),
+        ("gpt2", {"devices": 2.0}, "1 to 64 devices, not 2.0"),
+        ("gpt2", {"devices": True}, "1 to 64 devices, not True"),
+        (None, {}, "cannot simulate None: give an image"),
+        (3, {}, "cannot simulate 3: give an image"),
     ],
 )
 def test_bad_sources_are_one_line(source: str, arguments: dict, message: str) -> None:
