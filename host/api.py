@@ -32,8 +32,6 @@ from typebar.isa.machine import Machine
 if TYPE_CHECKING:
     import torch
 
-    from typebar.compiler.frontend import FrontendModel
-
 
 @dataclass(frozen=True)
 class CompiledImage(os.PathLike[str]):
@@ -55,13 +53,13 @@ def compile(
     weights: str = "fp16",
     progress: Callable[[int, int], None] | None = None,
     config: Mapping[str, Any] | None = None,
-    tokenizer_json: bytes | None = None,
+    tokenizer_json: bytes | str | None = None,
 ) -> CompiledImage:
     """Compile a model for a ring of devices and write the image; the file appears complete or not at all.
 
     Args:
         model: a checkpoint directory, a shipped model's name, or a module from token ids [1, T] to logits [1, T, V].
-        out: the image to create or replace.
+        out: the image to create or replace; not one of the model's own files.
         machine: a shipped machine's name, a .toml file, or a machine.
         devices: devices on the ring, 1 to 64.
         weights: format of weights and caches in memory, fp16 or bf16.
@@ -73,34 +71,51 @@ def compile(
         TypebarError: in one line, for anything that the caller can mend.
     """
     from typebar.compiler import driver
+    from typebar.compiler.frontend import load_model
 
     target = machine if isinstance(machine, Machine) else Machine.load(os.fspath(machine))
     fmt = driver.weights_format(weights)
     driver.check_devices(devices)
-    source = _model(model, config)
+    path = Path(out)
+    if isinstance(model, str | os.PathLike):
+        model = _directory(os.fspath(model))
+        _check_output(path, model)
+    source = load_model(model, config)
+    if isinstance(tokenizer_json, str):
+        tokenizer_json = tokenizer_json.encode("utf-8", "surrogatepass")  # the tokenizer then refuses what is not UTF-8
     if tokenizer_json is not None:
         source = replace(source, tokenizer_json=tokenizer_json)
-    path = Path(out)
+    if source.tokenizer_json is not None:
+        TextTokenizer(source.tokenizer_json)
     return CompiledImage(path, driver.write(driver.build(source, target, devices, fmt), path, progress))
 
 
-def _model(model: str | os.PathLike[str] | torch.nn.Module, config: Mapping[str, Any] | None) -> FrontendModel:
-    """A model with weights, by path, by name, or as a module."""
-    from typebar.compiler.frontend import SHAPES, load_model
-
-    if not isinstance(model, str | os.PathLike):
-        return load_model(model, config)
-    name = os.fspath(model)
-    if Path(name).exists():
-        return load_model(Path(name))
+def _directory(name: str) -> Path:
+    """The directory of a model with weights, by path or by name."""
+    from typebar.compiler.frontend import SHAPES
     from typebar.models import find, shipped
 
+    if Path(name).exists():
+        return Path(name)
     if name in SHAPES:
         raise TypebarError(f"{name!r} is a shape without weights: simulate it, or compile a checkpoint directory")
     if any(known.name == name for known in shipped()):
-        return load_model(find(name).path)
+        return find(name).path
     known_names = ", ".join(known.name for known in shipped())
     raise TypebarError(f"no model {name!r}: give a checkpoint directory or a shipped model ({known_names})")
+
+
+def _check_output(out: Path, directory: Path) -> None:
+    """Refuse to replace a checkpoint's own file; an image made earlier may lie beside them and be replaced."""
+    try:
+        if not any(file.is_file() and file.samefile(out) for file in directory.iterdir()):
+            return
+    except (OSError, ValueError):  # there is no such output yet, or reading or writing will say what is wrong
+        return
+    try:
+        Image.open(out, verify=False).close()
+    except TypebarError:
+        raise TypebarError(f"{str(out)!r} is a file of the model itself: give the image another name") from None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from typebar.host.api import compile
 from typebar.host.cli import main
+from typebar.isa.errors import TypebarError
+from typebar.isa.image import Image
 from typebar.models import find
 
 FRONT = Path(__file__).parent / "compiler" / "front"
@@ -176,6 +179,23 @@ def without(work: Work, name: str) -> list[str]:
     return compiling(work, model)
 
 
+def tokenized(work: Work, text: str) -> list[str]:
+    """`compile` of the checkpoint with another tokenizer.json."""
+    model = work.model()
+    (model / "tokenizer.json").write_text(text)
+    return compiling(work, model)
+
+
+def compiling_over(work: Work, name: str, link: str | None = None) -> list[str]:
+    """`compile` of the checkpoint onto one of its own files, perhaps by a link to it."""
+    model = work.model()
+    out = model / name
+    if link is not None:
+        (work.folder / link).symlink_to(out)
+        out = work.folder / link
+    return ["compile", str(model), "-o", str(out)]
+
+
 Case = tuple[Callable[[Work], list[str]], str]
 IMAGES: dict[str, Case] = {
     "missing image": (lambda w: ["run", str(w.folder / "none"), "--prompt", "a"], "No such file"),
@@ -245,6 +265,13 @@ CHECKPOINTS: dict[str, Case] = {
     "config.json of no decoder": (lambda w: configured(w, '{"model_type": "nothing"}'), "cannot read"),
     "config.json of another size": (lambda w: configured(w, json.dumps(CONFIG | {"n_embd": 64})), "must agree"),
     "config.json of more layers": (lambda w: configured(w, json.dumps(CONFIG | {"n_layer": 2})), "lacks 12 parameters"),
+    "config.json of no layers": (lambda w: configured(w, json.dumps(CONFIG | {"n_layer": 0})), "gives 0 layers"),
+    "weights that config.json leaves unused": (
+        lambda w: spoil_weights(w, lambda t: t.update({"transformer.h.1.ln_1.bias": np.zeros(32, np.float32)})),
+        "'transformer.h.1.ln_1.bias'",
+    ),
+    "tokenizer.json of no tokenizer": (lambda w: tokenized(w, "{}"), "valid tokenizer.json"),
+    "empty tokenizer.json": (lambda w: tokenized(w, ""), "valid tokenizer.json"),
     "weights truncated": (
         lambda w: compiling(w, Path(truncated((m := w.model()) / "model.safetensors", 5000)) and m),
         "cannot read weights",
@@ -344,6 +371,12 @@ OUTPUTS: dict[str, Case] = {
         "No such file",
     ),
     "output is a directory": (lambda w: ["compile", str(w.checkpoint), "-o", str(w.folder)], "no regular file"),
+    "output over the weights": (lambda w: compiling_over(w, "model.safetensors"), "a file of the model itself"),
+    "output over config.json": (lambda w: compiling_over(w, "config.json"), "a file of the model itself"),
+    "output over the weights by a link": (
+        lambda w: compiling_over(w, "model.safetensors", "link.safetensors"),
+        "a file of the model itself",
+    ),
     "output folder is a file": (
         lambda w: ["compile", str(w.checkpoint), "-o", w.file("file", "") + "/out.safetensors"],
         "Not a directory",
@@ -381,6 +414,30 @@ def test_bad_input(name: str, work: Work, capfd: pytest.CaptureFixture[str]) -> 
     output, errors = capfd.readouterr()
     assert_one_line(status, output, errors, phrase)
     assert contents(work.folder) == before
+
+
+def test_an_image_beside_the_weights_may_be_replaced(work: Work, capsys: pytest.CaptureFixture[str]) -> None:
+    model = work.model()
+    image = shutil.copy(work.image, model / "image.safetensors")
+    before = contents(model)
+    assert main(["compile", str(model), "-o", str(image), "--machine", "tiny", "--devices", "1", "--json"]) == 0
+    after = contents(model)
+    assert {path.name for path in before if before[path] != after[path]} == {"image.safetensors"}
+    assert before.keys() == after.keys()
+
+
+@pytest.mark.parametrize(("text", "valid"), [(TOKENIZER.read_text("utf-8"), True), ("[", False), ("\ud800", False)])
+def test_a_tokenizer_given_as_text(text: str, valid: bool, work: Work) -> None:
+    out = work.folder / "out.safetensors"
+    if not valid:
+        with pytest.raises(TypebarError, match=r"valid tokenizer\.json") as caught:
+            compile(work.checkpoint, out, "tiny", 1, tokenizer_json=text)
+        assert "\n" not in str(caught.value)
+        assert not list(work.folder.iterdir())
+        return
+    made = compile(work.checkpoint, out, "tiny", 1, tokenizer_json=text)
+    with Image.open(made) as image:
+        assert image.tokenizer == text.encode()
 
 
 @pytest.mark.parametrize("command", ["compile", "asm"])

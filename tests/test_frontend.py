@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
+import logging as python_logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -254,6 +257,32 @@ def test_import_leaves_the_module_as_it_was() -> None:
     assert [m.training for m in model.modules()] == before
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_module_of_another_precision(dtype: torch.dtype) -> None:
+    model = gpt2().to(dtype)
+    brought = load_model(model)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert "lm_head.weight" not in brought.weights.names()
+    require_equal(copy.deepcopy(model).float(), brought)
+
+
+def test_a_module_that_cannot_be_copied() -> None:
+    model = SmallGPT().half()
+    model.last = model.head.weight * 2
+    with pytest.raises(TypebarError, match=r"cannot copy the module to float32: .*; give it with .* torch\.float32"):
+        load_model(model)
+
+
+def test_one_end_of_text_token_from_a_list() -> None:
+    model = gpt2()
+    model.config.eos_token_id = [5]
+    assert load_model(model).config["eos_token_id"] == 5
+    model.config.eos_token_id = [5, 6]
+    with pytest.raises(TypebarError, match=r"lists 2 tokens, but only a single .* config=\{'eos_token_id': N\}"):
+        load_model(model)
+    assert load_model(model, {"eos_token_id": 6}).config["eos_token_id"] == 6
+
+
 def test_what_cannot_be_lowered_is_reported_at_once() -> None:
     config = LlamaConfig(
         num_hidden_layers=2,
@@ -301,6 +330,11 @@ class FixedLength(SmallGPT):
         return super().forward(ids.view(1, 7))
 
 
+class Mismatched(SmallGPT):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.head(self.wte(ids)))
+
+
 class Unbounded(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -317,6 +351,7 @@ class Unbounded(nn.Module):
         (Pair(), r"must return logits \[1, T, V\] or an object with .logits, not tuple"),
         (LastOnly(), "it takes some of the positions; compute every position"),
         (FixedLength(), r"your code specialized it to be a constant \(7\); make its forward"),
+        (Mismatched(), "cannot trace the model with a dynamic length: "),
         (Unbounded(), r"give config=\{'context': N\}"),
     ],
 )
@@ -324,6 +359,20 @@ def test_modules_that_are_refused(model: nn.Module, message: str) -> None:
     with pytest.raises(TypebarError, match=message) as caught:
         load_model(model)
     assert "\n" not in str(caught.value)
+
+
+def test_torch_does_not_log_what_is_reported_in_one_line() -> None:
+    logger, written = python_logging.getLogger("torch._subclasses.fake_tensor"), io.StringIO()
+    handler = python_logging.StreamHandler(written)
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(TypebarError, match="cannot trace"):
+            load_model(Mismatched())
+        assert written.getvalue() == ""
+        logger.error("afterwards")
+        assert written.getvalue() == "afterwards\n"
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_a_context_beyond_the_table_is_refused() -> None:
@@ -362,6 +411,15 @@ def test_checkpoint_without_the_base_models_prefix(tmp_path: Path) -> None:
     require_equal(model, load_model(tmp_path))
 
 
+def test_buffers_of_old_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    model = checkpoint(tmp_path)
+    file = tmp_path / "model.safetensors"
+    old = {f"transformer.h.{n}.attn.{name}": torch.ones(1) for n in (0, 1) for name in ("bias", "masked_bias")}
+    others = {"attn.bias": torch.ones(1), "h.0.rotary_emb.inv_freq": torch.ones(4), "steps": torch.ones(1).long()}
+    save_file({**load_file(file), **old, **others}, file)
+    require_equal(model, load_model(tmp_path))
+
+
 def spoil(path: Path, how: str) -> None:
     """Damage a good checkpoint in one way."""
     file = path / "model.safetensors"
@@ -378,8 +436,20 @@ def spoil(path: Path, how: str) -> None:
         file.write_bytes(file.read_bytes()[:100])
     elif how == "lost file":
         (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "absent.safetensors"}}))
+    elif how == "lost tensor":
+        placed = dict.fromkeys([*tensors, "ghost"], file.name)
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
     elif how == "missing":
         save_file({k: v for k, v in tensors.items() if k != "transformer.h.1.ln_2.bias"}, file)
+    elif how in ("fewer layers", "no layers", "layers below zero"):
+        config = json.loads((path / "config.json").read_text())
+        config["n_layer"] = {"fewer layers": 1, "no layers": 0, "layers below zero": -1}[how]
+        (path / "config.json").write_text(json.dumps(config))
+    elif how == "unused":
+        save_file({**tensors, "transformer.h.0.attn.q_attn.bias": torch.zeros(32)}, file)
+    elif how == "ends of text":
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, "eos_token_id": [5, 6]}))
     elif how == "shape":
         save_file({**tensors, "transformer.ln_f.bias": torch.zeros(33)}, file)
     else:
@@ -395,8 +465,14 @@ def spoil(path: Path, how: str) -> None:
         ("no weights", "has no model.safetensors; save the model with save_pretrained"),
         ("truncated", "cannot read weights from"),
         ("lost file", "lacks the weight file absent.safetensors"),
+        ("lost tensor", r"model\.safetensors lacks 'ghost' that its index names"),
         ("missing", "lacks 1 parameters, the first is 'transformer.h.1.ln_2.bias'"),
         ("shape", r"'transformer.ln_f.bias' is \[33\] in"),
+        ("fewer layers", "leaves 12 of the tensors in .* unused, the first is 'transformer.h.1."),
+        ("no layers", "config.json gives 0 layers"),
+        ("layers below zero", "config.json gives -1 layers"),
+        ("unused", "leaves 1 of the tensors in .* unused, the first is 'transformer.h.0.attn.q_attn.bias'"),
+        ("ends of text", "eos_token_id lists 2 tokens, but only a single end-of-text token is supported"),
         ("untied", "'transformer.wte.weight' and 'lm_head.weight' differ but config.json ties them"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -80,11 +81,24 @@ def import_model(source: str | Path | torch.nn.Module, config: Mapping[str, Any]
 def _from_module(model: torch.nn.Module, given: dict[str, Any]) -> FrontendModel:
     own = getattr(model, "config", None)
     merged = {**_facts(own), **{k: v for k, v in given.items() if v is not None}}
-    exported = export(model)
+    exported = export(_in_float32(model))
     module, config = _graph(exported, merged)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     name = str(given.get("name") or type(model).__name__.lower())
     return FrontendModel(module, ModuleSource(tensors), None, config, name, _constants(exported))
+
+
+def _in_float32(model: torch.nn.Module) -> torch.nn.Module:
+    """The module itself, or a float32 copy of one with floating parameters of another type."""
+    if all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point()):
+        return model
+    try:
+        single: torch.nn.Module = copy.deepcopy(model).float()
+    except Exception as error:  # modules may refuse either, each in its own way
+        raise TypebarError(
+            f"cannot copy the module to float32: {_first_line(error)}; give it with parameters in torch.float32"
+        ) from error
+    return single
 
 
 def _from_shape(name: str) -> FrontendModel:
@@ -110,6 +124,9 @@ def _from_directory(directory: Path) -> FrontendModel:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the reader raises whatever the file's contents provoke
         raise TypebarError(f"cannot read {path}: {_first_line(error)}") from error
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers < 1:
+        raise TypebarError(f"{path} gives {layers} layers; it must describe its weights, with at least 1")
     model = _empty_model(config)
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     shapes |= {n: tuple(b.shape) for n, b in model.named_buffers() if n in model.state_dict()}
@@ -147,8 +164,7 @@ def _facts(config: Any) -> dict[str, Any]:
     if config is None:
         return {}
     context = next((v for v in map(read, _CONTEXT_KEYS) if isinstance(v, int)), None)
-    end = read("eos_token_id")
-    return {"context": context, "eos_token_id": end[0] if isinstance(end, list) and end else end}
+    return {"context": context, "eos_token_id": read("eos_token_id")}
 
 
 def _constants(exported: Exported) -> dict[str, np.ndarray]:
@@ -160,6 +176,7 @@ def _graph(exported: Exported, facts: Mapping[str, Any]) -> tuple[ModuleOp, dict
     declared = facts.get("context")
     if declared is not None and (not isinstance(declared, int) or declared < 1):
         raise TypebarError(f"context must be a positive number of tokens, not {declared!r}")
+    end = _one_end(facts.get("eos_token_id"))
     module = to_graph(exported, declared or 1)
     graph = module.body.block.first_op
     assert isinstance(graph, ir.GraphOp)
@@ -172,9 +189,20 @@ def _graph(exported: Exported, facts: Mapping[str, Any]) -> tuple[ModuleOp, dict
     vocab = ir.width(last.values[0]) if len(last.values) == 1 else None
     if vocab is None or vocab == DYNAMIC_INDEX:
         raise TypebarError("a model must return logits [1, T, V] with a fixed vocabulary, and nothing else")
-    end = facts.get("eos_token_id")
     known = isinstance(end, int) and 0 <= end < vocab
     return module, {**facts, "context": context, "vocab": vocab, "eos_token_id": end if known else None}
+
+
+def _one_end(end: Any) -> Any:
+    """The end-of-text token of a configuration, which may list it; raises TypebarError for a list of several."""
+    if not isinstance(end, list | tuple):
+        return end
+    if len(end) > 1:
+        raise TypebarError(
+            f"eos_token_id lists {len(end)} tokens, but only a single end-of-text token is supported; name one in "
+            "config.json, or for a module with config={'eos_token_id': N}"
+        )
+    return end[0] if end else None
 
 
 def _position_rows(graph: ir.GraphOp) -> int | None:

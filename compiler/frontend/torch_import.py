@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -78,6 +79,24 @@ def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps torch from logging: it prints tracebacks of errors that `export` reports in one line."""
+
+    def drop(record: logging.LogRecord) -> bool:
+        return False
+
+    loggers = [v for k, v in list(logging.root.manager.loggerDict.items()) if f"{k}.".startswith("torch.")]
+    handlers = {h for logger in loggers if isinstance(logger, logging.Logger) for h in logger.handlers}
+    for handler in handlers:
+        handler.addFilter(drop)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(drop)
+
+
 def export(model: torch.nn.Module) -> Exported:
     """Export `model` as a function of token ids [1, T] for any T; raises TypebarError if torch cannot."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
@@ -88,7 +107,7 @@ def export(model: torch.nn.Module) -> Exported:
     ids = torch.zeros(1, _EXAMPLE_LENGTH, dtype=torch.int64, device=device)
     wrapped = _Logits(model)
     try:
-        with _evaluation_mode(model), torch.no_grad():
+        with _evaluation_mode(model), torch.no_grad(), _quiet():
             program = torch.export.export(
                 wrapped, (ids,), dynamic_shapes=({1: torch.export.Dim.DYNAMIC},), strict=False
             )

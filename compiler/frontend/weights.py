@@ -15,6 +15,11 @@ from typebar.isa.errors import TypebarError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_OLD_BUFFERS = (
+    *(f".{module}.{buffer}" for module in ("attn", "attention") for buffer in ("bias", "masked_bias")),
+    ".rotary_emb.inv_freq",
+)
+"""Ends of the names of causal masks and rotary tables, which older versions of transformers saved as buffers."""
 
 
 class WeightSource(ABC):
@@ -160,7 +165,8 @@ def bind(
     """Find each of the graph's parameters in a checkpoint; `prefix` is the base model's, which files may leave out.
 
     `aliases` maps all names of a tensor to the graph's; a tied tensor is found under any of them. Raises TypebarError
-    for parameters that are missing, of another shape, or tied by the configuration while their values differ.
+    for parameters that are missing, of another shape, or tied by the configuration while their values differ, and for
+    weights that the graph does not use: the configuration then describes another model.
     """
     files = stored_tensors(directory)
     groups: dict[str, list[str]] = {name: [] for name in shapes}
@@ -168,12 +174,14 @@ def bind(
         groups.setdefault(name, []).append(alias)
     stored: dict[str, tuple[Path, str]] = {}
     missing = []
+    used: set[str] = set()
     for name in shapes:
         keys = [k for alias in groups[name] or [name] for k in _spellings(alias, prefix) if k in files]
         if not keys:
             missing.append(name)
             continue
         stored[name] = (files[keys[0]], keys[0])
+        used.update(keys)
         _require_equal(keys, files, name)
     if missing:
         raise TypebarError(
@@ -187,7 +195,25 @@ def bind(
                 f"{name!r} is {list(source.shape(name))} in {directory}, its config.json says {list(shape)}; "
                 "they must agree"
             )
+    unused = [key for key in files if key not in used and _is_weight(files[key], key)]
+    if unused:
+        raise TypebarError(
+            f"config.json leaves {len(unused)} of the tensors in {directory} unused, the first is {unused[0]!r}; "
+            "it must describe all its weights"
+        )
     return source
+
+
+def _is_weight(path: Path, key: str) -> bool:
+    """Whether a tensor is floating point and none of the buffers that old checkpoints store."""
+    if f".{key}".endswith(_OLD_BUFFERS):
+        return False
+    with _opened(path) as file:
+        try:
+            dtype: str = file.get_slice(key).get_dtype()
+        except SafetensorError as error:
+            raise TypebarError(f"{path} lacks {key!r} that its index names: {error}; copy it again") from error
+    return dtype.startswith(("F", "BF"))
 
 
 def _spellings(name: str, prefix: str) -> Sequence[str]:
