@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
@@ -17,12 +18,13 @@ from typebar.isa.numerics.dot import ALIGNED_FRACTION_BITS
 
 PRODUCT_BITS = 22
 PRODUCT_FRACTION_BITS = 20
+EXPONENT_BITS = 10
 ALIGNED_BITS = PRODUCT_BITS + ALIGNED_FRACTION_BITS - PRODUCT_FRACTION_BITS
 
 
 def cuts(lanes: int) -> int:
     """Places where a dot unit of `lanes` lanes may be cut: two levels of a tree lie between two of them."""
-    return 7 + 2 * ((_levels(lanes) + 1) // 2)
+    return 4 + 2 * ((_levels(lanes) + 1) // 2)
 
 
 def _levels(lanes: int) -> int:
@@ -35,9 +37,12 @@ class DotProduct(wiring.Component):
     Absent lanes must come as zeros, and `nan` tells of a NaN in a present one: both belong to the conversion of
     operands, which many dot units share.
 
-    An operand's exponent field is 0 or at least 77, so its two highest bits tell whether it is zero. Magnitudes
-    are truncated before they get their sign. A negative one enters the sum inverted, and the missing one is the
-    carry into an adder of the tree: there is one adder less than lanes, so lane 0 is negated in full.
+    An operand's exponent field is 0 or at least 77, so its two highest bits tell whether it is not zero. That bit, put
+    above the exponent, makes the sum of two exponents 10 bits: at least 666 where the product is not zero, at most
+    510 where it is, so a zero product never has the largest exponent beside others.
+
+    Magnitudes are truncated before they get their sign. A negative one enters the sum inverted, and the missing one
+    is the carry into an adder of the tree: there is one adder less than lanes, so lane 0 is negated in full.
     """
 
     def __init__(self, lanes: int, latency: int) -> None:
@@ -56,14 +61,18 @@ class DotProduct(wiring.Component):
         """Multiply, find the largest exponent, align, add, normalise, round."""
         m = Module()
         pipe = Pipeline(m, cuts=cuts(self.lanes), latency=self.latency)
-        s = pipe.cut(**self._lanes(m), nan=self.nan)
+        s = SimpleNamespace(**self._lanes(m), nan=self.nan)
         rounds = (_levels(self.lanes) + 1) // 2
         tops, factors = list(s.exponents), {"w": s.w, "x": s.x}
+        # Their highest bit is for comparing: distances that matter are below 512.
+        s.exponents = [exponent[:-1] for exponent in s.exponents]
         for i in range(rounds):
-            if i == rounds // 2:
-                # Half-way, so that a multiplier's own registers, two before and two behind, keep it in step.
+            if i == rounds - 1:
+                # So late that a multiplier's own registers, two before and two behind, keep it in step.
                 factors = {"products": [w * x for w, x in zip(factors["w"], factors["x"], strict=True)]}
             tops = _reduce(m, _reduce(m, tops, _larger), _larger)
+            if i == rounds - 1:
+                tops = [tops[0][:-1]]
             s = pipe.cut(tops=tops, **factors, exponents=s.exponents, signs=s.signs, nan=s.nan)
             tops, factors = s.tops, {name: getattr(s, name) for name in factors}
         distances = [self._distance(m, tops[0], exponent, i) for i, exponent in enumerate(s.exponents)]
@@ -76,13 +85,13 @@ class DotProduct(wiring.Component):
         return m
 
     def _lanes(self, m: Module) -> dict[str, Any]:
-        """Significands, the product's sign, and the sum of the exponent fields, 0 where the product is zero."""
+        """Significands, the product's sign, and the sum of the exponent fields with the bit for nonzero above them."""
         lanes: dict[str, Any] = {"w": [], "x": [], "signs": [], "exponents": []}
         for i in range(self.lanes):
             w, x = self.w[i], self.x[i]
             present = [named(m, operand.exponent[6:8].any(), "present") for operand in (w, x)]
-            exponent = Signal(9, name=f"exponent{i}")
-            m.d.comb += exponent.eq(Mux(present[0] & present[1], w.exponent + x.exponent, 0))
+            exponent = Signal(EXPONENT_BITS, name=f"exponent{i}")
+            m.d.comb += exponent.eq(Cat(w.exponent, present[0]) + Cat(x.exponent, present[1]))
             lanes["w"].append(Cat(w.fraction, present[0]))
             lanes["x"].append(Cat(x.fraction, present[1]))
             lanes["signs"].append(w.sign ^ x.sign)
@@ -92,7 +101,7 @@ class DotProduct(wiring.Component):
     @staticmethod
     def _distance(m: Module, top: Any, exponent: Any, lane: int) -> Any:
         """How far to shift a product: 5 bits, and one that says too far."""
-        below = Signal(9, name=f"below{lane}")
+        below = Signal(EXPONENT_BITS - 1, name=f"below{lane}")
         m.d.comb += below.eq(top - exponent)
         return Cat(below[:5], below[5:].any())
 
@@ -100,14 +109,26 @@ class DotProduct(wiring.Component):
         """Signed terms in units of 2^(E - 23), all but the first still lacking a carry each."""
         terms = []
         for i, (product, distance, sign) in enumerate(zip(s.products, s.distances, s.signs, strict=True)):
-            magnitude = Signal(ALIGNED_BITS, name=f"magnitude{i}")
             term = Signal(signed(ALIGNED_BITS + 1), name=f"term{i}")
-            shifted = Cat(Const(0, ALIGNED_BITS - PRODUCT_BITS), product) >> distance[:5]
-            m.d.comb += magnitude.eq(Mux(distance[5], 0, shifted))
-            inverted = Cat(magnitude ^ sign.replicate(ALIGNED_BITS), sign)
+            # Four-to-one, coarse first: one look-up table a bit. The last halving, zero and sign make another.
+            value = Cat(Const(0, ALIGNED_BITS - PRODUCT_BITS), product)
+            for low in (3, 1):
+                value = self._shift(m, value, distance[low : low + 2], 1 << low, f"shifted{i}_{low}")
+            value = Mux(distance[5], 0, Mux(distance[0], value >> 1, value))[:ALIGNED_BITS]
+            inverted = Cat(value ^ sign.replicate(ALIGNED_BITS), sign)
             m.d.comb += term.eq(inverted + sign if i == 0 else inverted)
             terms.append(term)
         return terms, list(s.signs[1:])
+
+    @staticmethod
+    def _shift(m: Module, value: Any, count: Any, step: int, name: str) -> Any:
+        """`value` >> (count * step), count of 2 bits."""
+        result = Signal(ALIGNED_BITS, name=name)
+        with m.Switch(count):
+            for case in range(4):
+                with m.Case(case):
+                    m.d.comb += result.eq(value >> (case * step))
+        return result
 
     def _add(self, m: Module, pipe: Pipeline, s: Any) -> tuple[Any, Any, Any]:
         """The exact sum, two levels of adders between two cuts, with E and NaN kept in step."""
@@ -125,25 +146,23 @@ class DotProduct(wiring.Component):
 
 
 def _float32(m: Module, pipe: Pipeline, total: Any, top: Any, nan: Any) -> Any:
-    """A sum in units of 2^(E - 23), as float32: magnitude, count, normalise, round."""
+    """A sum in units of 2^(E - 23), as float32: magnitude and count, then normalise and round."""
     width = max(len(total) - 1, ALIGNED_BITS + 1)
     magnitude = Signal(width)
     sign = total[-1]
     m.d.comb += magnitude.eq((total ^ sign.replicate(len(total))) + sign)
-    s = pipe.cut(magnitude=magnitude, sign=sign, top=top, nan=nan)
-    s = pipe.cut(zeros=leading_zeros(m, s.magnitude, "sum"), magnitude=s.magnitude, sign=s.sign, top=s.top, nan=s.nan)
+    s = pipe.cut(zeros=leading_zeros(m, magnitude, "sum"), magnitude=magnitude, sign=sign, top=top, nan=nan)
     # E is top - 2 * 127; bit p of the sum counts 2^(E - 23 + p).
     exponent = Signal(signed(11))
     m.d.comb += exponent.eq(s.top + (width - 1 - ALIGNED_FRACTION_BITS - BIAS) - s.zeros)
-    normal = (s.magnitude << s.zeros)[:width]
-    s = pipe.cut(normal=normal, exponent=exponent, sign=s.sign, nan=s.nan)
+    normal = named(m, (s.magnitude << s.zeros)[:width], "normal")
     bits = round_pack(
         m,
-        sign=s.sign & s.normal[-1],
-        exponent=s.exponent,
-        significand=s.normal[width - 24 :],
-        guard=s.normal[width - 25],
-        sticky=s.normal[: width - 25].any(),
+        sign=s.sign & normal[-1],
+        exponent=exponent,
+        significand=normal[width - 24 :],
+        guard=normal[width - 25],
+        sticky=normal[: width - 25].any(),
         infinite=Const(0, 1),
         nan=s.nan,
     )
@@ -157,7 +176,7 @@ def _reduce(m: Module, values: list[Any], join: Callable[[Module, Any, Any], Any
 
 
 def _larger(m: Module, a: Any, b: Any) -> Any:
-    result = Signal(9, name="larger")
+    result = Signal(EXPONENT_BITS, name="larger")
     m.d.comb += result.eq(Mux(a > b, a, b))
     return result
 
