@@ -1,9 +1,9 @@
 """The control core: fetch, decode, operands, issue; program memory, scalar registers, checks, scoreboard and queues.
 
-Four stages, all advancing together: F addresses program memory, D decodes, X adds immediates to registers, I executes a
-scalar instruction or checks and issues to a unit. An instruction's issue cycle `t` of docs/timing.md is its last cycle in
-I; the stage holds everything behind it until then. I's result goes to X in the same cycle, so dependent scalar
-instructions issue in consecutive cycles. A taken branch addresses program memory from I, which costs three cycles.
+Four stages, all advancing together: F addresses program memory, D decodes, X adds immediates to registers, I executes
+a scalar instruction or checks and issues to a unit. I holds everything behind it until its instruction has issued, for
+`vread` and `sload` until the value has come. I's result goes to X in the same cycle, so dependent scalar instructions
+issue in consecutive cycles. A taken branch addresses program memory from I, which costs three cycles.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ class ControlCore(wiring.Component):
     """The control core of a machine.
 
     Control: `start` (one cycle) runs the `length` instructions in program memory from `entry` as device `rank` of
-    `devices`, with regions of `region_bytes`; `running` until `halted` or `trap` (with `trap_pc`, and `trap_code` of the
-    `trap` instruction) is set; `idle` when every issued instruction is done as well. Program memory is written through
-    `load_*`, a word a cycle, while not running.
+    `devices`, with regions of `region_bytes`; `running` until `halted` or `trap` (with `trap_pc`, and `trap_code` of
+    the `trap` instruction) is set; `idle` when every issued instruction is done as well. Program memory is written
+    through `load_*`, a word a cycle, while not running.
 
-    Units: streams `matrix`, `vector`, `memory`, `ring`, `fetch`; a transfer is the instruction's start. `completed` is the
-    last ticket done of each domain: a unit sets it in the first cycle in which a dependent instruction may start (`done`),
-    and it covers all older ones.
+    Units: streams `matrix`, `vector`, `memory`, `ring`, `fetch`; a transfer is the instruction's start. `completed` is
+    the last ticket done of each domain: a unit sets it in the first cycle in which a dependent instruction may start
+    (`done`), and it covers all older ones.
 
     `vread`: `read_enable` with `read_address`; `read_data` must hold the word `read_latency - 1` cycles later. `sload`:
     `scalar_valid` with `scalar_data` for one cycle, the one before the instruction's `done`.
@@ -198,7 +198,7 @@ class ControlCore(wiring.Component):
         return pc, valid, outside, read.data
 
     # X -------------------------------------------------------------------------------------------------
-    def _operands(self, decoded: data.View) -> list[Value]:  # type: ignore[type-arg]
+    def _operands(self, decoded: data.View) -> list[Value]:
         """Operand values: register, or the result that I writes in this cycle, plus immediate."""
         m = self._m
         m.submodules.registers = registers = Memory(shape=32, depth=SCALAR_REGISTERS, init=[])

@@ -21,12 +21,16 @@ class TicketQueue(wiring.Component):
 
     `i` takes a payload (`i.ready` looks at `o.ready` when the queue is full), `waits` is sampled with it. `o.valid`
     rises when the head's tickets are all done; payloads leave in order. `completed` is the last ticket done of each
-    domain; a head may leave in the first cycle in which `completed` covers it.
+    domain; a head may leave in the first cycle in which `completed` covers it. `memory`, `head`, `tail` and `stored`
+    are the state, for proofs.
     """
 
     def __init__(self, shape: ShapeLike, depth: int, bits: int, domains: Sequence[Domain] = tuple(Domain)) -> None:
         """A queue of `depth` >= 1 places for `shape`, waiting on tickets of `bits` bits of `domains`."""
         self.shape, self.depth, self.bits, self.domains = shape, depth, bits, tuple(domains)
+        self.memory = Memory(shape=shape, depth=depth, init=[])
+        self.head, self.tail = Signal(range(depth)), Signal(range(depth))
+        self.stored = Signal(data.ArrayLayout(waits_layout(bits, domains), depth))
         super().__init__(
             {
                 "i": In(stream.Signature(shape)),
@@ -40,27 +44,25 @@ class TicketQueue(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         """A circular buffer; tickets lie in registers, because each is compared in every cycle."""
         m = Module()
-        m.submodules.memory = memory = Memory(shape=self.shape, depth=self.depth, init=[])
+        m.submodules.memory = memory = self.memory
         write, read = memory.write_port(), memory.read_port(domain="comb")
-        head, tail = Signal(range(self.depth)), Signal(range(self.depth))
+        head, tail = self.head, self.tail
         waiting = Signal(self.depth)
+        pop, push = self.o.valid & self.o.ready, self.i.valid & self.i.ready
         for place in range(self.depth):
             owes = []
             for domain in self.domains:
-                name, done = domain.name.lower(), self.completed[domain]
-                valid = Signal(name=f"wait_{name}_{place}")
-                ticket = Signal(self.bits, name=f"ticket_{name}_{place}")
-                still = valid & owed(ticket, done)
+                wait = self.stored[place][domain.name.lower()]
+                still = wait.valid & owed(wait.ticket, self.completed[domain])
                 owes.append(still)
-                m.d.sync += valid.eq(still)
-                with m.If(self.i.valid & self.i.ready & (tail == place)):
-                    m.d.sync += [valid.eq(self.waits[name].valid), ticket.eq(self.waits[name].ticket)]
+                m.d.sync += wait.valid.eq(still)
+            with m.If(push & (tail == place)):
+                m.d.sync += self.stored[place].eq(self.waits)
             m.d.comb += waiting[place].eq(Cat(owes).any())
 
         def after(place: Signal) -> object:
             return Mux(place == self.depth - 1, 0, place + 1)
 
-        pop, push = self.o.valid & self.o.ready, self.i.valid & self.i.ready
         m.d.comb += [
             read.addr.eq(head),
             self.o.payload.eq(read.data),

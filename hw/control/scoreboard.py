@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import reduce
 from operator import or_
 
-from amaranth.hdl import Module, Mux, Signal, Value
+from amaranth.hdl import Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -37,12 +37,16 @@ class SegmentTable(wiring.Component):
 
     In: the segments read and written (one bit each), the issuing unit's domain (0 to 3), its ticket, `issue`, and the
     tickets `completed`. Out: `waits`, for each unit the youngest ticket to wait for. An instruction that issues in one
-    cycle is seen by the next one's look-up.
+    cycle is seen by the next one's look-up. `writers` and `readers` are the state, for proofs.
     """
 
     def __init__(self, segments: int, bits: int, units: Sequence[Domain] = UNIT_DOMAINS) -> None:
         """Take the number of segments and the width of tickets."""
         self.segments, self.bits, self.units = segments, bits, tuple(units)
+        reader = data.StructLayout({"valid": 1, "ticket": unsigned(bits)})
+        writer = data.StructLayout({"valid": 1, "unit": range(max(len(units), 2)), "ticket": unsigned(bits)})
+        self.writers = Signal(data.ArrayLayout(writer, segments))
+        self.readers = Signal(data.ArrayLayout(data.ArrayLayout(reader, len(units)), segments))
         super().__init__(
             {
                 "reads": In(segments),
@@ -56,21 +60,19 @@ class SegmentTable(wiring.Component):
         )
 
     def elaborate(self, platform: object) -> Module:
-        """Look-up: a tree of comparisons for each unit. Each kept ticket is compared with `completed` in every cycle."""
+        """A tree of comparisons for each unit; each kept ticket is compared with `completed` in every cycle."""
         m = Module()
         candidates: dict[Domain, list[tuple[Value, Value]]] = {unit: [] for unit in self.units}
         for segment in range(self.segments):
-            touched = self.reads[segment] | self.writes[segment]
-            valid, writer = Signal(name=f"written_{segment}"), Signal.like(self.unit, name=f"writer_{segment}")
-            ticket = Signal(self.bits, name=f"writer_ticket_{segment}")
+            touched, writer = self.reads[segment] | self.writes[segment], self.writers[segment]
+            last = reduce(or_, (Mux(writer.unit == unit, self.completed[unit], 0) for unit in self.units))
             live = Signal(name=f"writer_live_{segment}")
-            last = reduce(or_, (Mux(writer == unit, self.completed[unit], 0) for unit in self.units))
-            m.d.comb += live.eq(valid & owed(ticket, last[: self.bits]))
-            m.d.sync += valid.eq(live)
+            m.d.comb += live.eq(writer.valid & owed(writer.ticket, last[: self.bits]))
+            m.d.sync += writer.valid.eq(live)
             with m.If(self.issue & self.writes[segment]):
-                m.d.sync += [valid.eq(1), writer.eq(self.unit), ticket.eq(self.ticket)]
+                m.d.sync += [writer.valid.eq(1), writer.unit.eq(self.unit), writer.ticket.eq(self.ticket)]
             for unit in self.units:
-                candidates[unit].append((live & touched & (writer == unit), ticket))
+                candidates[unit].append((live & touched & (writer.unit == unit), writer.ticket))
                 candidates[unit].append(self._reader(m, unit, segment))
         for unit in self.units:
             valid, ticket = youngest(m, candidates[unit], self.bits)
@@ -80,25 +82,27 @@ class SegmentTable(wiring.Component):
 
     def _reader(self, m: Module, unit: Domain, segment: int) -> tuple[Value, Value]:
         """The last reader of a unit: a candidate for writers of the other units."""
-        suffix = f"{unit.name.lower()}_{segment}"
-        valid, ticket, live = Signal(name=f"read_{suffix}"), Signal(self.bits, name=f"reader_{suffix}"), Signal()
-        m.d.comb += live.eq(valid & owed(ticket, self.completed[unit]))
-        m.d.sync += valid.eq(live)
+        reader, live = self.readers[segment][unit], Signal(name=f"reader_live_{unit.name.lower()}_{segment}")
+        m.d.comb += live.eq(reader.valid & owed(reader.ticket, self.completed[unit]))
+        m.d.sync += reader.valid.eq(live)
         with m.If(self.issue & self.reads[segment] & (self.unit == unit)):
-            m.d.sync += [valid.eq(1), ticket.eq(self.ticket)]
-        return live & self.writes[segment] & (self.unit != unit), ticket
+            m.d.sync += [reader.valid.eq(1), reader.ticket.eq(self.ticket)]
+        return live & self.writes[segment] & (self.unit != unit), reader.ticket
 
 
 class RowTable(wiring.Component):
     """Row ranges of instructions of one domain that are not done, in a circular buffer of `places`.
 
     `waits` holds the youngest ticket among those that overlap `rows`; with `issue` (and `rows.valid`) the range enters
-    under `ticket`. `ready` is low when there is no place; places are enough that this does not happen.
+    under `ticket`. `ready` is low when there is no place; places are enough that this does not happen. `entries` and
+    `place`, the next to fill, are the state, for proofs.
     """
 
     def __init__(self, machine: Machine, domain: Domain, places: int, bits: int) -> None:
         """A table for a domain's ranges."""
         self.domain, self.places, self.bits, self._rows = domain, places, bits, rows_layout(machine)
+        entry = data.StructLayout({"valid": 1, "rows": self._rows, "ticket": unsigned(bits)})
+        self.entries, self.place = Signal(data.ArrayLayout(entry, places)), Signal(range(places))
         super().__init__(
             {
                 "query": In(self._rows),
@@ -114,27 +118,24 @@ class RowTable(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         """Ranges are done in the order in which they entered, so the next place is always the oldest."""
         m = Module()
-        place = Signal(range(self.places))
-        valid = Signal(self.places)
-        candidates = []
+        candidates, ready = [], Signal()
         enter = self.issue & self.rows.valid
         for index in range(self.places):
-            first = Signal.like(self.rows.first, name=f"first_{index}")
-            last = Signal.like(self.rows.last, name=f"last_{index}")
-            ticket, live = Signal(self.bits, name=f"ticket_{index}"), Signal(name=f"live_{index}")
-            m.d.comb += live.eq(valid[index] & owed(ticket, self.completed))
-            m.d.sync += valid[index].eq(live)
-            with m.If(enter & (place == index)):
-                m.d.sync += [valid[index].eq(1), first.eq(self.rows.first), last.eq(self.rows.last)]
-                m.d.sync += ticket.eq(self.ticket)
-            overlap = self.query.valid & (first <= self.query.last) & (last >= self.query.first)
-            candidates.append((live & overlap, ticket))
+            entry, live = self.entries[index], Signal(name=f"live_{index}")
+            m.d.comb += live.eq(entry.valid & owed(entry.ticket, self.completed))
+            m.d.sync += entry.valid.eq(live)
+            with m.If(self.place == index):
+                m.d.comb += ready.eq(~entry.valid)
+                with m.If(enter):
+                    m.d.sync += [entry.valid.eq(1), entry.rows.eq(self.rows), entry.ticket.eq(self.ticket)]
+            overlap = (entry.rows.first <= self.query.last) & (entry.rows.last >= self.query.first)
+            candidates.append((live & self.query.valid & overlap, entry.ticket))
         name = self.domain.name.lower()
         found, ticket = youngest(m, candidates, self.bits)
         m.d.comb += [self.waits[name].valid.eq(found), self.waits[name].ticket.eq(ticket)]
-        m.d.comb += self.ready.eq(~valid.bit_select(place, 1))
+        m.d.comb += self.ready.eq(ready)
         with m.If(enter):
-            m.d.sync += place.eq(Mux(place == self.places - 1, 0, place + 1))
+            m.d.sync += self.place.eq(Mux(self.place == self.places - 1, 0, self.place + 1))
         return m
 
 
