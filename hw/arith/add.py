@@ -7,7 +7,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from typebar.hw.arith.float32 import Parts, leading_zeros, named, round_pack, shift_right_sticky
-from typebar.hw.arith.pipeline import Pipeline
+from typebar.hw.arith.pipeline import Pipeline, pick
 
 CUTS = 6
 
@@ -44,34 +44,19 @@ class Adder(wiring.Component):
             infinite=a.infinite | b.infinite,
             nan=a.nan | b.nan | (a.infinite & b.infinite & (a.sign ^ b_sign)),
         )
+        flags = ("sign", "differ", "infinite", "nan")
         amount = Mux(s.distance[5:].any(), 31, s.distance[:5])
         aligned = shift_right_sticky(m, Cat(Const(0, 3), s.small), amount, "aligned")
-        s = pipe.cut(
-            aligned=aligned,
-            big=s.big,
-            exponent=s.exponent,
-            sign=s.sign,
-            differ=s.differ,
-            infinite=s.infinite,
-            nan=s.nan,
-        )
+        s = pipe.cut(aligned=aligned, big=s.big, exponent=s.exponent, **pick(s, flags))
         operand = Cat(s.differ, s.aligned ^ s.differ.replicate(27), s.differ)
         total = (Cat(Const(1, 1), Const(0, 3), s.big) + operand)[1:29]
-        s = pipe.cut(total=total, exponent=s.exponent, sign=s.sign, differ=s.differ, infinite=s.infinite, nan=s.nan)
+        s = pipe.cut(total=total, exponent=s.exponent, **pick(s, flags))
         zeros = leading_zeros(m, s.total, "total")
-        s = pipe.cut(
-            zeros=zeros,
-            total=s.total,
-            exponent=s.exponent,
-            sign=s.sign,
-            differ=s.differ,
-            infinite=s.infinite,
-            nan=s.nan,
-        )
+        s = pipe.cut(zeros=zeros, total=s.total, exponent=s.exponent, **pick(s, flags))
         exponent = Signal(signed(10))
         m.d.comb += exponent.eq(s.exponent + 1 - s.zeros)
         normal = (s.total << s.zeros)[:28]
-        s = pipe.cut(normal=normal, exponent=exponent, sign=s.sign, differ=s.differ, infinite=s.infinite, nan=s.nan)
+        s = pipe.cut(normal=normal, exponent=exponent, **pick(s, flags))
         bits = round_pack(
             m,
             # x - x is +0; (-0) + (-0) keeps its sign.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -136,9 +137,8 @@ class DotProduct(wiring.Component):
         top, nan = s.top, s.nan
         for _ in range((_levels(self.lanes) + 1) // 2):
             for _ in range(2):
-                left = list(carries)
-                terms = _reduce(m, terms, lambda m, a, b, left=left: _sum(m, a, b, left.pop()))
-                carries = left
+                carries = list(carries)
+                terms = _reduce(m, terms, partial(_sum, carries))
             s = pipe.cut(terms=terms, carries=carries, top=top, nan=nan)
             terms, carries, top, nan = s.terms, s.carries, s.top, s.nan
         assert not carries
@@ -181,8 +181,9 @@ def _larger(m: Module, a: Any, b: Any) -> Any:
     return result
 
 
-def _sum(m: Module, a: Any, b: Any, carry: Any) -> Any:
-    """a + b + carry, signed, in one carry chain."""
+def _sum(carries: list[Any], m: Module, a: Any, b: Any) -> Any:
+    """a + b + a carry, taken from the list, signed, in one carry chain."""
+    carry = carries.pop()
     width = max(len(a), len(b)) + 1
     left, right = Signal(signed(width + 1), name="left"), Signal(signed(width + 1), name="right")
     result = Signal(signed(width), name="partial")

@@ -7,7 +7,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from typebar.hw.arith.float32 import BIAS, Parts, round_pack
-from typebar.hw.arith.pipeline import Pipeline
+from typebar.hw.arith.pipeline import Pipeline, pick
 
 CUTS = 5
 
@@ -39,8 +39,9 @@ class Multiplier(wiring.Component):
             infinite=a.infinite | b.infinite,
             nan=a.nan | b.nan | (a.infinite & b.zero) | (a.zero & b.infinite),
         )
-        s = pipe.cut(product=s.a * s.b, exponent=s.exponent, sign=s.sign, infinite=s.infinite, nan=s.nan)
-        s = pipe.cut(product=s.product, exponent=s.exponent, sign=s.sign, infinite=s.infinite, nan=s.nan)
+        flags = ("sign", "infinite", "nan")
+        s = pipe.cut(product=s.a * s.b, exponent=s.exponent, **pick(s, flags))
+        s = pipe.cut(product=s.product, exponent=s.exponent, **pick(s, flags))
         carry = s.product[47]
         exponent = Signal(signed(11))
         m.d.comb += exponent.eq(s.exponent + carry)
@@ -49,9 +50,7 @@ class Multiplier(wiring.Component):
             guard=Mux(carry, s.product[23], s.product[22]),
             sticky=s.product[:22].any() | (carry & s.product[22]),
             exponent=exponent,
-            sign=s.sign,
-            infinite=s.infinite,
-            nan=s.nan,
+            **pick(s, flags),
         )
         bits = round_pack(m, **vars(s))
         m.d.comb += self.result.eq(pipe.cut(bits=bits).bits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,11 @@ def depths(cuts: int, latency: int) -> list[int]:
     if latency < 1:
         raise TypebarError(f"a pipeline needs a latency of at least 1 cycle, not {latency}: raise it")
     return [(i + 1) * latency // cuts - i * latency // cuts for i in range(cuts)]
+
+
+def pick(values: SimpleNamespace, names: Iterable[str]) -> dict[str, Any]:
+    """Some of the values that came out of a cut, to go into the next."""
+    return {name: getattr(values, name) for name in names}
 
 
 class Pipeline:

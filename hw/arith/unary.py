@@ -27,7 +27,7 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from typebar.hw.arith.float32 import BIAS, Parts, leading_zeros, named, round_pack
-from typebar.hw.arith.pipeline import Pipeline
+from typebar.hw.arith.pipeline import Pipeline, pick
 from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import Function
 from typebar.isa.numerics.unary import (
@@ -60,6 +60,7 @@ LEADING_BITS = 16
 _CONSTANT_BITS = 34
 _DROPPED_BITS = 24
 """Low bits of the argument's product that no shift ever leaves in the result, nor its rounding bit."""
+_FRACTION_END = OFFSET_BITS + REGIONS[Curve.RSQRT].index_bits
 _KEPT_BITS = 24 + _CONSTANT_BITS - _DROPPED_BITS
 _PRODUCT_BITS = ONE_BITS + 1 + 24
 
@@ -129,8 +130,8 @@ class UnaryLane(wiring.Component):
         """Reduce, look up, evaluate, combine, round."""
         m = Module()
         pipe = Pipeline(m, cuts=CUTS, latency=self.latency - 1)
-        s, late = self._decode(m)
-        s = pipe.cut(**s, **late)
+        now, late = self._decode(m)
+        s = pipe.cut(**now, **late)
         position = self._reduce(m, pipe, s, list(late))
         p, scale, late = self._evaluate(m, pipe, position, list(late))
         m.d.comb += self.result.eq(self._combine(m, pipe, p, scale, late))
@@ -206,24 +207,22 @@ class UnaryLane(wiring.Component):
 
     def _reduce(self, m: Module, pipe: Pipeline, s: SimpleNamespace, late: list[str]) -> SimpleNamespace:
         """The argument in segments of 2^-18, two's complement: product, shift, rounding half up."""
-
-        def rest(s: SimpleNamespace) -> dict[str, Any]:
-            return {name: getattr(s, name) for name in late}
-
         product = _product(m, s.significand, s.constant)[_DROPPED_BITS:]
-        s = pipe.cut(product=product, shift=s.shift, negate=s.negate, **rest(s))
-        s = pipe.cut(shifted=(s.product >> s.shift)[:_KEPT_BITS], negate=s.negate, **rest(s))
+        s = pipe.cut(product=product, shift=s.shift, negate=s.negate, **pick(s, late))
+        s = pipe.cut(shifted=(s.product >> s.shift)[:_KEPT_BITS], negate=s.negate, **pick(s, late))
         position = Signal(signed(_KEPT_BITS + 1))
         whole = Cat(s.shifted[1:] ^ s.negate.replicate(_KEPT_BITS - 1), s.negate, s.negate).as_signed()
         m.d.comb += position.eq(whole + (s.shifted[0] ^ s.negate))
-        return SimpleNamespace(position=position, **rest(s))
+        return SimpleNamespace(position=position, **pick(s, late))
 
     def _evaluate(
         self, m: Module, pipe: Pipeline, s: SimpleNamespace, late: list[str]
     ) -> tuple[Any, Any, dict[str, Any]]:
         """The curve: ROM word, then Horner's rule. Returns p, -29 minus its power of two, and what lives on."""
         odd = ~s.exponent[0]
-        segment = Mux(s.rsqrt, Cat(s.position[18:23], odd), s.position[OFFSET_BITS : OFFSET_BITS + 9])
+        segment = Mux(
+            s.rsqrt, Cat(s.position[OFFSET_BITS:_FRACTION_END], odd), s.position[OFFSET_BITS : OFFSET_BITS + 9]
+        )
         address = Signal(range(ROM_WORDS))
         m.d.comb += [
             address.eq(self._base(s.curves) + (segment & self._mask(s.curves))),
@@ -242,21 +241,21 @@ class UnaryLane(wiring.Component):
         offset = Cat(s.position[: OFFSET_BITS - 1], ~s.position[OFFSET_BITS - 1]).as_signed()
         late = [name for name in late if name not in ("curves", "recip", "rsqrt", "exp")]
         read = Pipeline(m, cuts=1, latency=1)  # the ROM's own register
-        s = read.cut(offset=offset, power=power, **{name: getattr(s, name) for name in late})
+        s = read.cut(offset=offset, power=power, **pick(s, late))
         fields = {f.name: self.word[f.low : f.low + f.bits] for f in FIELDS}
         c3, c2, c1 = (fields[name].as_signed() for name in ("c3", "c2", "c1"))
         scale = Signal(signed(12))
         m.d.comb += scale.eq(fields["k"] - s.power)
-        live = {name: getattr(s, name) for name in late} | {"scale": scale}
+        live = pick(s, late) | {"scale": scale}
         s = pipe.cut(sum=_horner(m, c2, c3, s.offset, SUM_BITS), c1=c1, c0=fields["c0"], offset=s.offset, **live)
-        live = {name: getattr(s, name) for name in live}
+        live = pick(s, live)
         s = pipe.cut(sum=_horner(m, s.c1, s.sum, s.offset, SUM_BITS), c0=s.c0, offset=s.offset, **live)
-        live = {name: getattr(s, name) for name in live}
+        live = pick(s, live)
         p = _horner(m, Cat(s.c0, Const(0, 1)).as_signed(), s.sum, s.offset, FRACTION_BITS + 2)
         s = pipe.cut(p=p[: FRACTION_BITS + 1], **live)
         p = named(m, Mux(s.nothing, 0, Mux(s.exact, 1 << FRACTION_BITS, s.p)), "p")
         late = [name for name in live if name not in ("nothing", "exact", "scale")]
-        return p, s.scale, {name: getattr(s, name) for name in late}
+        return p, s.scale, pick(s, late)
 
     @staticmethod
     def _base(curves: Any) -> Any:
@@ -289,12 +288,12 @@ class UnaryLane(wiring.Component):
             factor.eq(Mux(s.complement, ones[: ONE_BITS + 1], wide[1:])),
             exponent.eq(Mux(s.times, s.exponent + 1, BIAS + 1) - Mux(s.complement, 0, scale)),
         ]
-        end = {name: late[name] for name in ("sign", "zero_result", "infinite", "nan")}
+        end = pick(s, ("sign", "zero_result", "infinite", "nan"))
         multiplicand = Mux(s.times, s.significand, 1 << 23)
         s = pipe.cut(factor=factor, multiplicand=multiplicand, exponent=exponent, **end)
-        end = {name: getattr(s, name) for name in end}
+        end = pick(s, end)
         s = pipe.cut(product=_product(m, s.multiplicand, s.factor)[:_PRODUCT_BITS], exponent=s.exponent, **end)
-        end = {name: getattr(s, name) for name in end}
+        end = pick(s, end)
         zeros = leading_zeros(m, s.product[-LEADING_BITS:], "product")
         normal = (s.product << zeros[: (LEADING_BITS - 1).bit_length()])[:_PRODUCT_BITS]
         exponent = Signal(signed(13))

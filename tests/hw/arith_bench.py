@@ -78,7 +78,7 @@ class Bench:
         top = f"module bench({', '.join(ports)});\n" + "\n".join(cells) + "\nendmodule\n"
         self._model = NativeModel("\n".join([top, *texts]), inputs, outputs, folder)
 
-    def run(self, planted: int = 0, **inputs: U32Array) -> dict[str, dict[str, U32Array]]:
+    def run(self, planted: int = 0, /, **inputs: U32Array) -> dict[str, dict[str, U32Array]]:
         """Outputs by unit and port, in step with the inputs ([n] or [n, words]; ports left out are 0)."""
         n = max(map(len, inputs.values()))
         cycles = n + max(unit.latency for unit in self.units.values())
