@@ -21,7 +21,7 @@ from typebar.hw.control.core import issued_layout
 from typebar.hw.control.tickets import Domain, ticket_bits
 from typebar.isa.instructions import BY_OPCODE, SCALAR_REGISTERS, Region, Trap
 from typebar.isa.machine import Machine
-from typebar.isa.program import Program, decode_op, encode, op
+from typebar.isa.program import Operand, Program, decode_op, encode, op
 from typebar.isa.timing import (
     FETCH_UNIT,
     LOAD,
@@ -239,20 +239,20 @@ class Core:
         modifiers = _modifiers(kind, item["modifiers"])
         return Start(domain, cycle, item["pc"], kind.name, modifiers, values, item["ticket"]), kind.opcode
 
-    async def run(self, words: bytes, units: Units, devices: int = 1, entry: int = 0) -> Run:
+    async def run(self, words: bytes, units: Units, devices: int = 1, rank: int = 0, entry: int = 0) -> Run:
         """Load, start, and keep the units' time until the core has stopped and is idle."""
         dut, latency = self.dut, MACHINE.control.read_latency
         await self.load(words)
         lengths = data.ArrayLayout(len(dut.region_bytes) // len(Region), len(Region))
         packed = sum(REGION_BYTES[region] << lengths.elem_shape * region for region in Region)
-        dut.region_bytes.value, dut.devices.value, dut.rank.value = packed, devices, 0
+        dut.region_bytes.value, dut.devices.value, dut.rank.value = packed, devices, rank
         dut.start.value, dut.entry.value = 1, entry
         await self.edge()
         dut.start.value = 0
         origin, now, reads = -1, 0, {}
         commits: list[tuple[int, int]] = []
         registers = [0] * SCALAR_REGISTERS
-        registers[2] = devices
+        registers[1:3] = rank, devices
         while True:
             cycle = now - origin if origin >= 0 else -(1 << 20)
             self.drive("completed", self._completed(units, cycle))
@@ -349,6 +349,22 @@ def _first(mine: list[Any], theirs: list[Any]) -> str:
         if left != right:
             return f"differ at {index}: {left}, expected {right}"
     return f"number {len(mine)}, expected {len(theirs)}"
+
+
+@cocotb.test()
+async def a_start_sets_the_registers_and_the_entry(dut: Any) -> None:
+    """Registers start at zero but R1 (rank) and R2 (devices), whatever an earlier program left in them."""
+    core = Core(dut)
+    await core.reset()
+    program = Program([
+        op("sli", rd=1, value=50), op("sli", rd=9, value=60), op("halt"),
+        op("sadd", rd=10, a=Operand(1, 4), b=Operand(2)), op("sadd", rd=11, a=Operand(9), b=Operand(0, 1)), op("halt"),
+    ])  # fmt: skip
+    expected = {0: {1: 50, 2: 5, 9: 60}, 3: {1: 3, 2: 5, 10: 12, 11: 1}}
+    for entry in (0, 3, 0):
+        run = await core.run(encode(program).tobytes(), Units({}), devices=5, rank=3, entry=entry)
+        assert run.halted and [pc for _, pc in run.commits] == [entry, entry + 1, entry + 2]
+        assert {number: value for number, value in enumerate(run.registers) if value} == expected[entry]
 
 
 @cocotb.test()

@@ -43,7 +43,7 @@ class _Author:
         return self.random.choice([0, 1, 2, 8, 9, 30, 64, self.random.randint(1, 200)])
 
     def scratch(self) -> Operand:
-        return Operand(self.random.choice(_SCRATCH), self.random.randint(-100, 100))
+        return Operand(self.random.choice([0, 1, 2, *_SCRATCH]), self.random.randint(-100, 100))
 
     def sink(self) -> Operand:
         return Operand(self.random.choice(_SINKS), self.random.randint(-100, 100))
@@ -110,15 +110,17 @@ class _Author:
         k, n = self.random.choice([0, 1, 8, 40, 100]), self.random.choice([0, 1, 9, 64, 90])
         kv = self.random.random() < 0.5
         line = self.machine.row_lines * self.random.randrange(60)
-        stride = align * self.random.choice([1, 3, 13])
+        stride, dst = align * self.random.choice([1, 3, 13]), self.base()
         self.add(
             "matmul", format=self.random.randrange(4), region=int(Region.KV if kv else Region.WEIGHTS),
             full=self.random.randrange(2), accumulate=self.random.randrange(2), patch=self.random.randrange(3),
             scaling=self.random.randrange(3), add_bias=self.random.randrange(2), row_max=self.random.randrange(2),
-            dst=self.base(), src=self.base(), k=k, n=n, line=line, outer=rows[0], inner=rows[1],
+            dst=dst, src=self.base(), k=k, n=n, line=line, outer=rows[0], inner=rows[1],
             src_outer=stride, src_inner=stride, dst_outer=stride, dst_inner=stride, scale=self.base(),
             bias=self.base(), hi=n, maximum=self.base(), patch_src=self.base(), patch_at=self.random.randrange(9),
         )  # fmt: skip
+        if self.random.random() < 0.3:
+            self.add("vread", rd=0, a=dst)
 
     def cache(self) -> None:
         """A store to rows that a matmul near it fetches, before or after it."""

@@ -67,11 +67,12 @@ def test_core_in_simulation(tmp_path: Path, name: str, monkeypatch: pytest.Monke
         extra_env=environment,
     )
     total, failed = get_results(results)
-    assert total == 2 and failed == 0
+    assert total == 3 and failed == 0
 
 
 @pytest.mark.parametrize("setting", ["control.branch_cycles=2", "control.read_latency=1"])
-def test_a_pipeline_that_cannot_keep_the_contract_is_refused(setting: str) -> None:
+def test_a_pipeline_that_cannot_keep_the_contract_is_refused(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ControlCore, "_MustUse__silence", True)
     key, value = setting.split("=")
     with pytest.raises(TypebarError, match=key):
         ControlCore(Machine.load("tiny").override({key: value}))
