@@ -138,6 +138,59 @@ class OperandFromMemory(wiring.Component):
         return m
 
 
+class OperandFromShort(wiring.Component):
+    """`OperandFromMemory` for the formats of at most 16 bits, of half its size: there is nothing to round."""
+
+    def __init__(self, latency: int) -> None:
+        """A converter of `latency` >= 1 cycles; FP32 as format gives a meaningless operand."""
+        self.latency = latency
+        super().__init__(
+            {
+                "element": In(16),
+                "format": In(FORMAT_BITS),
+                "present": In(1),
+                "operand": Out(OPERAND),
+                "overflow": Out(1),
+                "nan": Out(1),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        """One significand for all formats, normalised; a bf16 is normal or too small to matter."""
+        m = Module()
+        pipe = Pipeline(m, cuts=CUTS, latency=self.latency)
+        raw = self.element
+        is_int8 = named(m, self.format == Format.INT8, "is_int8")
+        is_bf16 = named(m, self.format == Format.BF16, "is_bf16")
+        magnitude = Signal(8)
+        m.d.comb += magnitude.eq((raw[:8] ^ raw[7].replicate(8)) + raw[7])
+        normal = raw[10:15].any()
+        fp16, bf16 = Cat(raw[:10], normal), Cat(Const(0, 3), raw[:7], Const(1, 1))
+        significand = Mux(is_int8, Cat(Const(0, 3), magnitude), Mux(is_bf16, bf16, fp16))
+        significand = named(m, significand, "significand")
+        fp16_exponent = (BIAS - FP16_BIAS) + Cat(raw[10] | ~normal, raw[11:15])
+        exponent = Mux(is_int8, BIAS + 7, Mux(is_bf16, raw[7:15], fp16_exponent))
+        top = named(m, ~is_int8 & raw[10:15].all() & (~is_bf16 | raw[7:10].all()), "top")
+        nan = top & (raw[:7].any() | (~is_bf16 & raw[7:10].any()))
+        s = pipe.cut(
+            significand=significand,
+            zeros=leading_zeros(m, significand, "element"),
+            exponent=exponent[:8],
+            sign=Mux(is_int8, raw[7], raw[15]),
+            nothing=~self.present | (is_bf16 & (raw[7:15] < BIAS + OPERAND_MIN_EXPONENT)),
+            overflow=top & ~nan & self.present,
+            nan=nan & self.present,
+        )
+        fraction = (s.significand << s.zeros)[:11]
+        zero = s.nothing | ~fraction[10]
+        finite = Cat(fraction[:10], (s.exponent - s.zeros)[:8])
+        bits = Cat(Mux(s.overflow, OPERAND_MAX_BITS >> OPERAND_DROPPED_BITS, finite)[:18], s.sign)
+        s = pipe.cut(bits=Mux(zero, 0, bits), overflow=s.overflow, nan=s.nan)
+        m.d.comb += [self.operand.eq(s.bits), self.overflow.eq(s.overflow), self.nan.eq(s.nan)]
+        assert pipe.complete
+        return m
+
+
 class Float32FromMemory(wiring.Component):
     """A loaded element as float32, as `numerics.decode`: exact, NaN canonical except for float32, which is moved.
 

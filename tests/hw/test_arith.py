@@ -15,6 +15,7 @@ from typebar.hw.arith.convert import (
     MemoryFromFloat32,
     OperandFromFloat32,
     OperandFromMemory,
+    OperandFromShort,
 )
 from typebar.hw.arith.multiply import Multiplier
 from typebar.hw.arith.pipeline import depths
@@ -84,7 +85,7 @@ FRACTIONS = (
     0x7FFFFF,
 )
 CORNERS = np.array([s << 31 | e << 23 | f for s, e, f in itertools.product((0, 1), EXPONENTS, FRACTIONS)], np.uint32)
-PLANTED = ("adder", "multiplier", "comparator", "from_float32", "from_memory", "load", "store")
+PLANTED = ("adder", "multiplier", "comparator", "from_float32", "from_memory", "from_short", "load", "store")
 
 
 def random_bits(rng: np.random.Generator, n: int) -> U32Array:
@@ -124,10 +125,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         units |= {
             f"from_float32{latency}": OperandFromFloat32(latency),
             f"from_memory{latency}": OperandFromMemory(latency),
+            f"from_short{latency}": OperandFromShort(latency),
             f"load{latency}": Float32FromMemory(latency),
             f"store{latency}": MemoryFromFloat32(latency),
         }
-    broken = [Adder(6), Multiplier(5), Comparator(2), OperandFromFloat32(2), OperandFromMemory(2)]
+    broken = [Adder(6), Multiplier(5), Comparator(2), OperandFromFloat32(2), OperandFromMemory(2), OperandFromShort(2)]
     broken += [Float32FromMemory(2), MemoryFromFloat32(2)]
     units |= dict(zip(PLANTED, broken, strict=True))
     return Bench(units, tmp_path_factory.mktemp("arith"), PLANTED)
@@ -222,11 +224,16 @@ def test_from_memory(bench: Bench, fmt: Format) -> None:
     x = decode(elements.astype(short).view(raw_dtype(fmt)), fmt)
     above = 0 if fmt is Format.FP32 else random_bits(rng, len(elements)) << 16
     present = rng.integers(0, 8, len(elements), dtype=np.uint32).clip(0, 1)
-    results = bench.run(raw=elements | above, present=present, format=np.full(len(elements), fmt, np.uint32))
+    results = bench.run(
+        raw=elements | above, element=elements, present=present, format=np.full(len(elements), fmt, np.uint32)
+    )
     for name in ("load1", "load2", "load"):
         assert np.array_equal(results[name]["result"], bits_of(x)), name
     for name in ("from_memory1", "from_memory2", "from_memory"):
         check_operand(results[name], expected_operand(x, present))
+    for name in ("from_short1", "from_short2", "from_short"):
+        if fmt is not Format.FP32:
+            check_operand(results[name], expected_operand(x, present))
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -235,7 +242,8 @@ def test_planted_errors_are_caught(bench: Bench, name: str) -> None:
     rng = np.random.default_rng(7)
     a, b = pairs(rng, 4_000)
     n = len(a)
-    inputs = {"a": a, "b": b, "x": a, "raw": a, "subtract": rng.integers(0, 2, n, dtype=np.uint32)}
+    inputs = {"a": a, "b": b, "x": a, "raw": a, "element": a & 0xFFFF}
+    inputs["subtract"] = rng.integers(0, 2, n, dtype=np.uint32)
     inputs |= {"present": rng.integers(0, 2, n, dtype=np.uint32), "format": rng.integers(0, 4, n, dtype=np.uint32)}
     assert len(bench.sites[name]) >= 10
     assert survivors(bench, name, **inputs) == []
