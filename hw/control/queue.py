@@ -1,0 +1,80 @@
+"""The in-order queue in front of a unit: an instruction leaves when it is the oldest and owes nothing.
+
+Timing (docs/timing.md): what is pushed in cycle t can start in t + 1 at the earliest. A full queue takes an
+instruction in the cycle in which its head starts, since issue waits for the *start* `queue_depth` places earlier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from amaranth.hdl import Cat, Module, Mux, ShapeLike, Signal
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+
+from typebar.hw.control.tickets import Domain, owed, waits_layout
+
+
+class TicketQueue(wiring.Component):
+    """A queue of `depth` payloads, each with the tickets it waits for.
+
+    `i` takes a payload (`i.ready` looks at `o.ready` when the queue is full), `waits` is sampled with it. `o.valid`
+    rises when the head's tickets are all done; payloads leave in order. `completed` is the last ticket done of each
+    domain; a head may leave in the first cycle in which `completed` covers it. `memory`, `head`, `tail` and `stored`
+    are the state, for proofs.
+    """
+
+    def __init__(self, shape: ShapeLike, depth: int, bits: int, domains: Sequence[Domain] = tuple(Domain)) -> None:
+        """A queue of `depth` >= 1 places for `shape`, waiting on tickets of `bits` bits of `domains`."""
+        self.shape, self.depth, self.bits, self.domains = shape, depth, bits, tuple(domains)
+        self.memory = Memory(shape=shape, depth=depth, init=[])
+        self.head, self.tail = Signal(range(depth)), Signal(range(depth))
+        self.stored = Signal(data.ArrayLayout(waits_layout(bits, domains), depth))
+        super().__init__(
+            {
+                "i": In(stream.Signature(shape)),
+                "waits": In(waits_layout(bits, domains)),
+                "completed": In(data.ArrayLayout(bits, len(Domain))),
+                "o": Out(stream.Signature(shape)),
+                "level": Out(range(depth + 1)),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        """A circular buffer; tickets lie in registers, because each is compared in every cycle."""
+        m = Module()
+        m.submodules.memory = memory = self.memory
+        write, read = memory.write_port(), memory.read_port(domain="comb")
+        head, tail = self.head, self.tail
+        waiting = Signal(self.depth)
+        pop, push = self.o.valid & self.o.ready, self.i.valid & self.i.ready
+        for place in range(self.depth):
+            owes = []
+            for domain in self.domains:
+                wait = self.stored[place][domain.name.lower()]
+                still = wait.valid & owed(wait.ticket, self.completed[domain])
+                owes.append(still)
+                m.d.sync += wait.valid.eq(still)
+            with m.If(push & (tail == place)):
+                m.d.sync += self.stored[place].eq(self.waits)
+            m.d.comb += waiting[place].eq(Cat(owes).any())
+
+        def after(place: Signal) -> object:
+            return Mux(place == self.depth - 1, 0, place + 1)
+
+        m.d.comb += [
+            read.addr.eq(head),
+            self.o.payload.eq(read.data),
+            self.o.valid.eq((self.level != 0) & ~waiting.bit_select(head, 1)),
+            self.i.ready.eq((self.level != self.depth) | pop),
+            write.addr.eq(tail),
+            write.data.eq(self.i.payload),
+            write.en.eq(push),
+        ]
+        with m.If(pop):
+            m.d.sync += head.eq(after(head))
+        with m.If(push):
+            m.d.sync += tail.eq(after(tail))
+        m.d.sync += self.level.eq(self.level + push - pop)
+        return m
