@@ -23,7 +23,7 @@ $(READY): pyproject.toml
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "make: $(PYTHON) -m venv failed: install the venv module" >&2; exit 1; }
 	@echo "installing into $(VENV) (the first time takes minutes)"
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev,rtl]'
 	@touch $@
 
 demo: $(READY) ## compile the shipped model for four devices, simulate, generate, compare with torch
@@ -41,7 +41,7 @@ lint: $(READY) ## ruff and mypy
 	@$(RUN) -m ruff format --check .
 	@mkdir -p build && ln -sfn .. build/typebar  # the package's sources under the package's name, for mypy
 	@MYPYPATH=build $(RUN) -m mypy -m typebar -m typebar.__main__ \
-	  -p typebar.isa -p typebar.compiler -p typebar.sim -p typebar.host -p typebar.models
+	  -p typebar.isa -p typebar.compiler -p typebar.sim -p typebar.hw -p typebar.host -p typebar.models
 
 docs: $(READY) ## regenerate docs/isa.md
 	@$(RUN) -m typebar.isa.reference
