@@ -317,6 +317,11 @@ def write_slot(p: TimingParameters, cycle: int) -> int:
     return cycle + (p.write_period - 1 - cycle) % p.write_period
 
 
+def fetch_slot(p: TimingParameters, cycle: int) -> int:
+    """The first fetch slot at or after a cycle: all cycles that are no write slots."""
+    return cycle + 1 if cycle % p.write_period == p.write_period - 1 else cycle
+
+
 # Matrix unit ----------------------------------------------------------------------------------------------
 def fold(p: TimingParameters, vectors: int, size: int) -> int:
     """Column groups consumed in a step (`Machine.fold`): rows fold into columns for a single vector."""

@@ -71,6 +71,7 @@ def test_only_allowed_siblings(folder: str) -> None:
 def test_only_declared_packages(folder: str) -> None:
     known = declared(development=folder in OUTSIDE or folder == "hw") | set(sys.stdlib_module_names) | {"typebar"}
     if folder in OUTSIDE:
+        known |= {"cocotb_tools"}  # comes with cocotb
         known |= {path.stem for path in (ROOT / folder).glob("*.py")}
     for path in sources(folder):
         for name in used(path):

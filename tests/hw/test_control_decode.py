@@ -81,7 +81,7 @@ class Native:
         width = {name: Shape.cast(member.shape).width for name, member in members.items()}
         self.inputs = {name: width[name] for name, member in members.items() if member.flow == In}
         self.outputs = {name: width[name] for name, member in members.items() if member.flow == Out}
-        text = verilog.convert(Registered(component), name="top", strip_internal_attrs=True)
+        text = verilog.convert(Registered(component), name="bench", strip_internal_attrs=True)
         ports = {"rst": 1, **self.inputs}
         self.model = NativeModel(text, ports, self.outputs, folder)
 
