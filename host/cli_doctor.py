@@ -21,7 +21,7 @@ _TOOLS = {
     "perl": "compiling simulations of the hardware",
     "verilator": "simulating the hardware's source",
 }
-_REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+)(?:\[[^]]*\])?\s*(?:(==|>=)\s*([0-9][0-9.]*))?")
+_REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+)(?:\[[^]]*\])?\s*(?:(==|>=)\s*([0-9][0-9A-Za-z.]*))?")
 
 
 def doctor(

@@ -16,7 +16,7 @@ import pytest
 from typebar.compiler.pipeline import PASSES, parse
 from typebar.host import api, cli_tools
 from typebar.host.cli import main
-from typebar.host.cli_doctor import _satisfies
+from typebar.host.cli_doctor import _package, _satisfies
 from typebar.host.cli_errors import DEFECT, FAILED, INTERRUPTED, guarded
 from typebar.host.cli_tools import split_passes
 from typebar.host.device import DeviceError
@@ -189,6 +189,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 def test_versions_compare_by_their_numbers() -> None:
     assert _satisfies("2.13.0+cpu", "==", "2.13") and not _satisfies("2.13.1", "==", "2.13.0")
     assert _satisfies("0.100", ">=", "0.29") and not _satisfies("0.9", ">=", "0.29")
+    assert _package('pytest>=0.1.post2; extra == "dev"')["wanted"] == ">=0.1.post2"
 
 
 @pytest.mark.parametrize(
