@@ -19,7 +19,6 @@ from typebar.compiler.passes.allocate import AllocatePass, AllocationError
 from typebar.compiler.passes.fuse import FusePass
 from typebar.compiler.passes.partition import PartitionPass
 from typebar.isa.errors import TypebarError
-from typebar.isa.image import Image
 from typebar.isa.image_manifest import Manifest
 from typebar.isa.image_writer import write_image
 from typebar.isa.instructions import Format
@@ -139,6 +138,3 @@ def _source_names(memory: MemoryPlan) -> list[str]:
                 if item[key] is not None:
                     names[item[key]] = None
     return list(names)
-
-
-__all__ = ["Compiled", "Image", "back_passes", "build", "weights_format", "write"]

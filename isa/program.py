@@ -24,7 +24,6 @@ from typebar.isa.instructions import (
     OPCODE_BITS,
     REGISTER_BITS,
     SCALAR_REGISTERS,
-    TARGET_BITS,
     WORD_BYTES,
     Field,
     Instruction,
@@ -388,7 +387,6 @@ def op(name: str, **values: Value) -> Op:
 
 
 __all__ = [
-    "TARGET_BITS",
     "DecodedTables",
     "Op",
     "Operand",

@@ -22,11 +22,10 @@ def emit_head(e: Emission, op: dev.HeadOp, finished: str) -> None:
     build, chunk = e.build, _chunk(op)
     s = e.scratch(op, chunk)
     _first_candidate(e, op)
+    build.constant(R.CHUNK, 0)
     if chunk >= op.words:
-        build.constant(R.CHUNK, 0)
         _chunk_body(e, op, chunk, s)
     else:
-        build.constant(R.CHUNK, 0)
         loop = build.fresh("logits")
         build.label(loop)
         _chunk_body(e, op, chunk, s)
