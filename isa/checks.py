@@ -8,10 +8,15 @@ Rules of every method below:
 * Operand values are 32-bit signed integers; sums and products of them are exact (no wrap-around).
 * The first rule that fails, in the order of the code, names the trap: counts (COUNT), then register operands in the
   order of the fields, each its bounds (REGISTER_BOUNDS) before its alignment (MISALIGNED), then strides (MISALIGNED),
-  then the region's kind (REGION_ACCESS), the address's alignment (MISALIGNED) and its bounds (REGION_BOUNDS).
+  then the region's kind (REGION_ACCESS), the address's alignment (MISALIGNED) and its bounds (REGION_BOUNDS), last
+  the overlap of results and operands (OVERLAP, below).
 * A register operand of w words at address a: nothing is checked if w = 0; otherwise 0 <= a and
   a + w <= vector.words; and a must be a multiple of vector.align if w > 1. Only operands that are *words* by nature
-  may lie anywhere: one-word operands and results, the pair that vargmax writes and matmul's row maxima.
+  may lie anywhere: one-word operands and results, and matmul's row maxima. The pair that vargmax writes starts at an
+  even word.
+* A result and an operand that an instruction reads bit by bit while it writes must be the same words or apart, where
+  a method says *in place*; where it says *apart*, only that. Nothing is checked if no word is written. Operands of one
+  word are read first and may lie inside the result, except a matmul's.
 * Operands of steps that are switched off are not looked at.
 * Before any operand, the instruction's own index must be below the program's length (PROGRAM_END: a branch outside
   the program traps at its target, not at the branch), then its word must decode (ILLEGAL).
@@ -46,6 +51,19 @@ _IN_HBM = tuple(item in HBM_REGIONS for item in Region)
 _WRITABLE = tuple(item in WRITABLE_REGIONS for item in Region)
 
 
+def _meet(first: int, words: int, other: int, other_words: int) -> bool:
+    """Whether two ranges of words have one in common."""
+    return first < other + other_words and other < first + words and words > 0 and other_words > 0
+
+
+def _rows_apart(n: int, outer: int, outer_stride: int, inner: int, inner_stride: int) -> bool:
+    """Whether `outer` x `inner` rows of n words, in either nesting, have no word in common."""
+    inner_row, outer_row = (inner - 1) * inner_stride + n, (outer - 1) * outer_stride + n
+    inner_inside = (inner == 1 or inner_stride >= n) and (outer == 1 or outer_stride >= inner_row)
+    outer_inside = (outer == 1 or outer_stride >= n) and (inner == 1 or inner_stride >= outer_row)
+    return inner_inside or outer_inside
+
+
 class Checker:
     """The checks of one device: a machine's limits and the lengths in bytes of its bound regions, by number.
 
@@ -53,13 +71,14 @@ class Checker:
     `Trap.NONE` if the instruction may run.
     """
 
-    __slots__ = ("_align_mask", "_buffer_words", "_fetched_end", "_region_bytes", "_row_lines", "_words")
+    __slots__ = ("_align_mask", "_buffer_words", "_fetched_end", "_region_bytes", "_row_lines", "_vectors", "_words")
 
     def __init__(self, machine: Machine, region_bytes: Sequence[int]) -> None:
         """Take the limits; `region_bytes` has one length for each `Region`, 0 where none is bound."""
         self._region_bytes = tuple(region_bytes)
         self._words = machine.vector.words
         self._align_mask = machine.vector.align - 1
+        self._vectors = machine.matrix.vectors
         self._buffer_words = machine.ring.buffer_words
         self._row_lines = machine.row_lines
 
@@ -91,15 +110,24 @@ class Checker:
             return Trap.REGION_BOUNDS
         return Trap.NONE
 
+    @staticmethod
+    def _in_place(dst: int, source: int, n: int) -> Trap:
+        """A result and a source of n words each: the same words or apart."""
+        return Trap.OVERLAP if dst != source and _meet(dst, n, source, n) else Trap.NONE
+
     # Vector --------------------------------------------------------------------------------------------
     def binary(self, one_word: bool, immediate: bool, dst: int, a: int, b: int, n: int) -> Trap:
-        """vadd, vsub, vmul, vmax: 0 <= n <= vector.words; dst, a (n words); b (n words, one word or none)."""
+        """vadd, vsub, vmul, vmax: 0 <= n <= vector.words; dst, a (n words); b (n words, one word or none). In place
+        with a, and with b if it is a vector.
+        """
         if not 0 <= n <= self._words:
             return Trap.COUNT
         trap = self._vector(dst, n) or self._vector(a, n)
-        if trap or immediate:
-            return trap
-        return self._vector(b, min(n, 1) if one_word else n)
+        if not trap and not immediate:
+            trap = self._vector(b, min(n, 1) if one_word else n)
+        if trap or one_word or immediate:
+            return trap or self._in_place(dst, a, n)
+        return self._in_place(dst, a, n) or self._in_place(dst, b, n)
 
     def move(self, one_word: bool, immediate: bool, dst: int, b: int, n: int) -> Trap:
         """vmov: as vadd, without a."""
@@ -108,19 +136,26 @@ class Checker:
         trap = self._vector(dst, n)
         if trap or immediate:
             return trap
-        return self._vector(b, min(n, 1) if one_word else n)
+        if one_word:
+            return self._vector(b, min(n, 1))
+        return self._vector(b, n) or self._in_place(dst, b, n)
 
     def unary(self, dst: int, a: int, n: int) -> Trap:
-        """vunary: 0 <= n <= vector.words; dst, a (n words)."""
+        """vunary: 0 <= n <= vector.words; dst, a (n words), in place."""
         if not 0 <= n <= self._words:
             return Trap.COUNT
-        return self._vector(dst, n) or self._vector(a, n)
+        return self._vector(dst, n) or self._vector(a, n) or self._in_place(dst, a, n)
 
     def reduce(self, dst: int, a: int, n: int, results: int = 1) -> Trap:
-        """vsum, vsumsq, vrmax (one result), vargmax (two): 0 <= n <= vector.words; dst anywhere; a (n words)."""
+        """vsum, vsumsq, vrmax (one result), vargmax (two): 0 <= n <= vector.words; dst (one word anywhere, two at an
+        even address); a (n words).
+        """
         if not 0 <= n <= self._words:
             return Trap.COUNT
-        return self.word(dst, results) or self._vector(a, n)
+        trap = self.word(dst, results)
+        if not trap and dst % results:
+            trap = Trap.MISALIGNED
+        return trap or self._vector(a, n)
 
     # Memory --------------------------------------------------------------------------------------------
     def load(self, format: int, region: int, dst: int, line: int, byte: int, n: int) -> Trap:
@@ -190,21 +225,23 @@ class Checker:
     ) -> Trap:
         """matmul; `operands` are the operand values in the order of the fields.
 
-        Counts: 0 <= k <= 65536; n, outer, inner, outer x inner, and the four strides in 0 .. vector.words;
-        patch_at >= 0 if there is a patch.
-        Registers, r = outer x inner rows: src, from the first row's first word to the last row's last (k words a row;
-        none if k or r is 0); dst likewise (n words a row); scale (n words or one); bias (n words); maximum (r words,
+        Counts: 1 <= k <= 65536; r = outer x inner <= matrix.vectors; n, outer, inner and the four strides in
+        0 .. vector.words; patch_at >= 0 if there is a patch.
+        Registers: src, from the first of r rows' first word to the last row's last (k words a row; none if r is 0);
+        dst likewise (n words a row); scale (n words or one); bias (n words); maximum (r words,
         anywhere); patch_src (k words for a column, n for a lane). The four strides must be multiples of vector.align.
         Region: an HBM region; line a multiple of a memory row's lines; every memory row that the fetch touches lies
-        inside (no row is fetched if k, n or r is 0).
+        inside (no row is fetched if n or r is 0).
+        Overlap: the range that dst covers apart from those of src, scale, bias, patch_src and maximum; its rows apart
+        from one another: those of one outer count inside one outer stride, or the other way round.
         """
         (dst, src, k, n, line, outer, inner, src_outer, src_inner, dst_outer, dst_inner,
          scale, bias, _lo, _hi, maximum, patch_src, patch_at) = operands  # fmt: skip
         rows, words, mask = outer * inner, self._words, self._align_mask
         strides = (src_outer, src_inner, dst_outer, dst_inner)
-        if min(k, n, outer, inner, *strides) < 0 or k > MAX_DOT_LENGTH:
+        if min(n, outer, inner, *strides) < 0 or not 0 < k <= MAX_DOT_LENGTH or rows > self._vectors:
             return Trap.COUNT
-        if max(n, outer, inner, rows, *strides) > words or (patch != Patch.NONE and patch_at < 0):
+        if max(n, outer, inner, *strides) > words or (patch != Patch.NONE and patch_at < 0):
             return Trap.COUNT
         trap = (
             self._rows(dst, n, rows, (outer - 1) * dst_outer + (inner - 1) * dst_inner)
@@ -222,11 +259,24 @@ class Checker:
             return Trap.REGION_ACCESS
         if line % self._row_lines:
             return Trap.MISALIGNED
-        if k and n and rows:
-            end = self._fetched_end(k, n, _SIZES[format], full)
-            if line < 0 or LINE_BYTES * line + end > self._region_bytes[region]:
-                return Trap.REGION_BOUNDS
-        return Trap.NONE
+        if not n or not rows:
+            return Trap.NONE
+        end = self._fetched_end(k, n, _SIZES[format], full)
+        if line < 0 or LINE_BYTES * line + end > self._region_bytes[region]:
+            return Trap.REGION_BOUNDS
+        sources = [(src, (outer - 1) * src_outer + (inner - 1) * src_inner + k)]
+        if scaling != Scale.NONE:
+            sources.append((scale, n if scaling == Scale.COLUMN else 1))
+        if add_bias:
+            sources.append((bias, n))
+        if row_max:
+            sources.append((maximum, rows))
+        if patch != Patch.NONE:
+            sources.append((patch_src, k if patch == Patch.COLUMN else n))
+        covered = (outer - 1) * dst_outer + (inner - 1) * dst_inner + n
+        if any(_meet(dst, covered, *source) for source in sources):
+            return Trap.OVERLAP
+        return Trap.NONE if _rows_apart(n, outer, dst_outer, inner, dst_inner) else Trap.OVERLAP
 
     def _rows(self, base: int, length: int, rows: int, last: int) -> Trap:
         """Rows of `length` words from `base`, the last one `last` words further on."""
@@ -240,7 +290,8 @@ class Checker:
 
     # Ring ----------------------------------------------------------------------------------------------
     def gather(self, dst: int, a: int, n: int, devices: int) -> Trap:
-        """gather: 0 <= n <= ring.buffer_words; dst (devices x n words); a (n words); n a multiple of vector.align.
+        """gather: 0 <= n <= ring.buffer_words; dst (devices x n words); a (n words); n a multiple of vector.align; dst
+        apart from a.
 
         When all devices have reached their next ring instruction, or halted, it must be the same instruction with
         the same n on all of them: otherwise RING_MISMATCH, on the first device that differs from device 0.
@@ -250,4 +301,6 @@ class Checker:
         trap = self._vector(dst, n * devices) or self._vector(a, n)
         if trap:
             return trap
-        return Trap.MISALIGNED if n & self._align_mask else Trap.NONE
+        if n & self._align_mask:
+            return Trap.MISALIGNED
+        return Trap.OVERLAP if _meet(dst, n * devices, a, n) else Trap.NONE

@@ -136,6 +136,9 @@ class Trap(IntEnum):
     RING_MISMATCH = 8
     SOFTWARE = 9
     DEVICE_LOST = 10
+    OVERLAP = 11
+    TIMEOUT = 12
+    BUS = 13
 
 
 TRAP_TEXT = {
@@ -149,6 +152,9 @@ TRAP_TEXT = {
     Trap.RING_MISMATCH: "the devices' ring instructions differ in kind, length or number",
     Trap.SOFTWARE: "the program executed a trap instruction",
     Trap.DEVICE_LOST: "the device stopped answering",
+    Trap.OVERLAP: "a result overlaps an operand that is read after parts of it are written; in place or apart",
+    Trap.TIMEOUT: "the watchdog saw no progress (hardware only)",
+    Trap.BUS: "a memory answered with an error (hardware only)",
 }
 
 
@@ -259,6 +265,7 @@ _FORMAT = _enum("format", Format, 3, "element format in memory")
 _LINE = _op("line", "address in the region, in lines of 64 bytes")
 _BYTE = _op("byte", "byte offset added to the line's address")
 _VECTOR_TRAPS = (Trap.REGISTER_BOUNDS, Trap.MISALIGNED, Trap.COUNT)
+_OVERLAP_TRAPS = (*_VECTOR_TRAPS, Trap.OVERLAP)
 _MEMORY_TRAPS = (Trap.REGION_BOUNDS, Trap.REGION_ACCESS, Trap.MISALIGNED)
 
 
@@ -275,7 +282,8 @@ def _binary(name: str, opcode: int, function: str, summary: str) -> Instruction:
     meaning = f"""for i in 0 .. n-1:
     y = V[b + i] (b_from = vector), V[b] (word), imm (immediate)
     V[dst + i] = {function}(V[a + i], y)"""
-    return Instruction(name, opcode, Unit.VECTOR, (_B_FROM, _IMM, _VDST, _VA, _VB, _N), summary, meaning, _VECTOR_TRAPS)
+    fields = (_B_FROM, _IMM, _VDST, _VA, _VB, _N)
+    return Instruction(name, opcode, Unit.VECTOR, fields, summary, meaning, _OVERLAP_TRAPS)
 
 
 def _reduce(name: str, opcode: int, function: str, summary: str) -> Instruction:
@@ -335,7 +343,7 @@ for o in 0 .. outer-1, i in 0 .. inner-1:          (row r = o * inner + i)
         v = acc;  v = v * scale;  v = v + V[bias + j]      (each step optional, each rounded to float32)
         if masked and not lo + s <= j < hi + s: v = most negative finite float32   (s = steps of o and i)
         v = activation(v);  V[y + j] = v
-    if row_max: V[maximum + r] = max over j of V[y + j]    (-inf if n = 0)"""
+    if row_max: V[maximum + r] = max over j of V[y + j]    (n = 0: nothing is written)"""
 
 INSTRUCTIONS: tuple[Instruction, ...] = (
     # System ---------------------------------------------------------------------------------------------
@@ -399,7 +407,7 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
         (_B_FROM, _IMM, _VDST, _VB, _N),
         "copy or fill, bit for bit",
         "for i in 0 .. n-1:\n    V[dst + i] = V[b + i] (b_from = vector), V[b] (word), imm (immediate)",
-        _VECTOR_TRAPS,
+        _OVERLAP_TRAPS,
     ),
     Instruction(
         "vwrite",
@@ -417,7 +425,7 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
         (_enum("function", Function, 4, "unary function"), _VDST, _VA, _N),
         "unary function",
         "for i in 0 .. n-1: V[dst + i] = function(V[a + i])",
-        _VECTOR_TRAPS,
+        _OVERLAP_TRAPS,
     ),
     _reduce("vsum", 0x40, "tree_sum", "sum by the balanced tree; +0 if n = 0"),
     _reduce("vsumsq", 0x41, "tree_sum of x*x", "sum of squares, each square rounded; +0 if n = 0"),
@@ -429,7 +437,7 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
         (_VDST, _VA, _N, _op("base", "added to the index")),
         "largest element and its index",
         """i = lowest index of the largest V[a + i], NaN as -inf with a flag (0 if n = 0)
-V[dst] = V[a + i] as compared (-inf if n = 0);  bits(V[dst + 1]) = base + i""",
+V[dst] = V[a + i] as compared (-inf if n = 0);  bits(V[dst + 1]) = base + i;  dst even""",
         _VECTOR_TRAPS,
     ),
     # Memory ---------------------------------------------------------------------------------------------
@@ -489,7 +497,7 @@ V[dst] = V[a + i] as compared (-inf if n = 0);  bits(V[dst + 1]) = base + i""",
         _MATMUL_FIELDS,
         "vectors times a packed matrix streamed from HBM, with epilogue",
         _MATMUL_SEMANTICS,
-        _VECTOR_TRAPS + _MEMORY_TRAPS,
+        _OVERLAP_TRAPS + _MEMORY_TRAPS,
     ),
     # Ring -----------------------------------------------------------------------------------------------
     Instruction(
@@ -499,7 +507,7 @@ V[dst] = V[a + i] as compared (-inf if n = 0);  bits(V[dst + 1]) = base + i""",
         (_VDST, _VA, _N),
         "all-gather: every device's n words, in rank order, bit for bit",
         "for d in 0 .. devices-1, i in 0 .. n-1: V[dst + d*n + i] = device d's V[a + i]",
-        (*_VECTOR_TRAPS, Trap.RING_MISMATCH),
+        (*_OVERLAP_TRAPS, Trap.RING_MISMATCH),
     ),
 )
 

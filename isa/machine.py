@@ -39,6 +39,7 @@ class Matrix:
     columns: int = _param("weight columns side by side", 1, 256, contract=True, power=True)
     rows: int = _param("vectors side by side; folds into further columns for a single vector", 1, 16, power=True)
     interleave: int = _param("column groups whose accumulators interleave", 1, 64, contract=True, power=True)
+    vectors: int = _param("most vectors (outer x inner) of one instruction", 1, 64, contract=True)
     fifo_port_bytes: int = _param("bytes a cycle from the FIFO into the unit", 16, 65536, power=True)
     dot_latency: int = _param("cycles from operands to a chunk sum", 1, 128)
     accumulate_latency: int = _param("cycles of the float32 accumulator's adder", 1, 64)
@@ -52,10 +53,11 @@ class Vector:
     words: int = _param("float32 words in the register file", 256, 524287, contract=True)
     align: int = _param("word alignment of a vector's base", 1, 128, contract=True, power=True)
     segments: int = _param("hazard segments of the register file", 8, 256, power=True)
-    lanes: int = _param("float32 lanes of the vector unit", 1, 256, power=True)
-    add_latency: int = _param("cycles of add, sub, max, move", 1, 64)
-    multiply_latency: int = _param("cycles of a multiply", 1, 64)
-    unary_latency: int = _param("cycles of a unary function", 1, 128)
+    lanes: int = _param("float32 lanes of the vector unit; words in a row of the register file", 2, 256, power=True)
+    latency: int = _param(
+        "cycles from an element's last cycle of occupancy to its result's use, any elementwise instruction", 1, 256
+    )
+    add_latency: int = _param("cycles of one level of a reduction's tree", 1, 64)
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Ddr:
     """Plain DRAM: embeddings, norms, biases, host-visible memory."""
 
     capacity_bytes: int = _param("bytes", 65536, 2**44, contract=True)
-    bytes_per_cycle: int = _param("bytes a cycle", 1, 4096)
+    bytes_per_cycle: int = _param("bytes a cycle; one port moves at most a line", 4, LINE_BYTES, power=True)
     latency: int = _param("cycles from request to first data", 1, 4096)
 
 
@@ -154,6 +156,11 @@ class Machine:
     def hbm_bytes_per_second(self) -> float:
         """Peak HBM bandwidth of one device, the denominator of every utilisation figure."""
         return self.row_bytes * self.clock_mhz * 1e6
+
+    @property
+    def line_cycles(self) -> int:
+        """Cycles that a line takes between DDR and the device."""
+        return LINE_BYTES // self.ddr.bytes_per_cycle
 
     @property
     def segment_words(self) -> int:
@@ -337,6 +344,7 @@ def _check_rules(machine: Machine, origin: str) -> None:
     """Rules that tie parameters to one another."""
     matrix, vector, row = machine.matrix, machine.vector, machine.row_bytes
     tile_bytes = matrix.columns * matrix.lanes
+    port_rows = max(1, matrix.fifo_port_bytes // row)
     step_bytes = max(machine.fold(1, size) * size * tile_bytes for size in (1, 2, 4))
     rules: list[tuple[bool, str]] = [
         (row >= LINE_BYTES, f"hbm.channels x hbm.channel_bytes = {row}"
@@ -349,14 +357,22 @@ def _check_rules(machine: Machine, origin: str) -> None:
         (machine.column_block * matrix.lanes % row == 0,
          f"a chunk of a column block, {machine.column_block * matrix.lanes} bytes at int8, must be a whole number of"
          f" {row}-byte rows"),
+        (matrix.vectors <= vector.align,
+         f"matrix.vectors = {matrix.vectors} must not exceed vector.align = {vector.align}"),
         (matrix.fifo_port_bytes >= 2 * tile_bytes,
          f"matrix.fifo_port_bytes = {matrix.fifo_port_bytes} must feed one 16-bit tile, {2 * tile_bytes} bytes"),
+        (vector.align % vector.lanes == 0,
+         f"vector.align = {vector.align} must be a multiple of vector.lanes = {vector.lanes}: a vector starts on a row"
+         " of the register file"),
         (vector.words % (vector.align * vector.segments) == 0,
          f"vector.words = {vector.words} must be a multiple of vector.align x vector.segments ="
          f" {vector.align * vector.segments}"),
         (machine.hbm.fifo_bytes % row == 0 and machine.hbm.fifo_bytes >= step_bytes,
          f"hbm.fifo_bytes = {machine.hbm.fifo_bytes} must be whole rows of {row} bytes and hold one step of the matrix"
          f" unit, {step_bytes} bytes"),
+        (machine.fifo_rows % port_rows == 0,
+         f"hbm.fifo_bytes = {machine.hbm.fifo_bytes} must be a multiple of matrix.fifo_port_bytes ="
+         f" {matrix.fifo_port_bytes}"),
         (machine.attention_block <= vector.words // 2,
          f"attention_block = {machine.attention_block} must fit half the register file, {vector.words // 2} words"),
         (machine.control.program_bytes % LINE_BYTES == 0,

@@ -33,7 +33,7 @@ class Cause(IntEnum):
     ACCUMULATE = 2
     """Matrix: a column group waits for its own sum of the previous chunk."""
     WEIGHTS = 3
-    """Matrix: the rows of the next step have not arrived."""
+    """Matrix: the rows of the next step have not arrived. It wins a tie with `ACCUMULATE`, and both with `OPERANDS`."""
     TRANSFER = 4
     """Memory, ring: moves data. Fetch: requests a row."""
     WRITE_SLOT = 5
@@ -64,14 +64,17 @@ class Cause(IntEnum):
     """Issue: fence or halt waits for everything older."""
     DRAIN = 18
     """No instruction is left for this unit."""
+    OPERANDS = 19
+    """Matrix: the operands of the next chunk are not loaded from the register file."""
 
 
 class TimingParameters(NamedTuple):
-    """The machine parameters that time depends on, with those derived from them."""
+    """The machine parameters that time depends on, with those derived from them, and the seed of `stall`."""
 
     lanes: int
     columns: int
     rows: int
+    vectors: int
     column_block: int
     fifo_port_bytes: int
     dot_latency: int
@@ -81,15 +84,14 @@ class TimingParameters(NamedTuple):
     segment_words: int
     vector_lanes: int
     vector_levels: int
+    vector_latency: int
     add_latency: int
-    multiply_latency: int
-    unary_latency: int
     row_bytes: int
     row_lines: int
     fifo_rows: int
     hbm_latency: int
     write_period: int
-    ddr_bytes_per_cycle: int
+    line_cycles: int
     ddr_latency: int
     clock_mhz: int
     megabits_per_second: int
@@ -100,15 +102,17 @@ class TimingParameters(NamedTuple):
     branch_cycles: int
     read_latency: int
     run_ahead: int
+    stall_seed: int
 
 
-def timing_parameters(machine: Machine) -> TimingParameters:
-    """The parameters of a machine."""
+def timing_parameters(machine: Machine, stall_seed: int = 0) -> TimingParameters:
+    """The parameters of a machine; `stall_seed` is 0 (no stalls: the contract) or a seed below 2^32."""
     matrix, vector, control = machine.matrix, machine.vector, machine.control
     return TimingParameters(
         lanes=matrix.lanes,
         columns=matrix.columns,
         rows=matrix.rows,
+        vectors=matrix.vectors,
         column_block=machine.column_block,
         fifo_port_bytes=matrix.fifo_port_bytes,
         dot_latency=matrix.dot_latency,
@@ -118,15 +122,14 @@ def timing_parameters(machine: Machine) -> TimingParameters:
         segment_words=machine.segment_words,
         vector_lanes=vector.lanes,
         vector_levels=vector.lanes.bit_length() - 1,
+        vector_latency=vector.latency,
         add_latency=vector.add_latency,
-        multiply_latency=vector.multiply_latency,
-        unary_latency=vector.unary_latency,
         row_bytes=machine.row_bytes,
         row_lines=machine.row_lines,
         fifo_rows=machine.fifo_rows,
         hbm_latency=machine.hbm.latency,
         write_period=machine.hbm.rows_per_write_slot + 1,
-        ddr_bytes_per_cycle=machine.ddr.bytes_per_cycle,
+        line_cycles=machine.line_cycles,
         ddr_latency=machine.ddr.latency,
         clock_mhz=machine.clock_mhz,
         megabits_per_second=machine.ring.megabits_per_second,
@@ -137,6 +140,7 @@ def timing_parameters(machine: Machine) -> TimingParameters:
         branch_cycles=control.branch_cycles,
         read_latency=control.read_latency,
         run_ahead=int(control.run_ahead),
+        stall_seed=stall_seed,
     )
 
 
@@ -150,7 +154,7 @@ def _operand(name: str, field: str) -> int:
 
 
 OP = {name: item.opcode for name, item in BY_NAME.items()}
-VMOV, VWRITE, VMUL, VUNARY = OP["vmov"], OP["vwrite"], OP["vmul"], OP["vunary"]
+VMOV, VWRITE, VUNARY = OP["vmov"], OP["vwrite"], OP["vunary"]
 VSUM, VSUMSQ, VRMAX, VARGMAX = OP["vsum"], OP["vsumsq"], OP["vrmax"], OP["vargmax"]
 LOAD, STORE, SLOAD, SSTORE = OP["load"], OP["store"], OP["sload"], OP["sstore"]
 MATMUL, GATHER = OP["matmul"], OP["gather"]
@@ -284,14 +288,11 @@ def vector_latency(p: TimingParameters, opcode: int, occupancy: int) -> int:
     A reduction adds log2(lanes) levels inside a beat and ceil(log2(beats)) levels over the beats.
     """
     if opcode < VSUM:
-        if opcode == VMUL:
-            return p.multiply_latency
-        return p.unary_latency if opcode == VUNARY else p.add_latency
+        return p.vector_latency
     levels = p.vector_levels
     while (occupancy - 1) >> (levels - p.vector_levels) > 0:
         levels += 1
-    latency = p.add_latency * levels
-    return latency + p.multiply_latency if opcode == VSUMSQ else latency
+    return p.vector_latency + p.add_latency * levels
 
 
 # Memory unit ----------------------------------------------------------------------------------------------
@@ -307,9 +308,40 @@ def blocks_touched(first: int, count: int, stride: int, size: int, block: int) -
     return (first + (count - 1) * stride + size - 1) // block - first // block + 1
 
 
-def ddr_occupancy(p: TimingParameters, lines: int) -> int:
-    """Cycles that a DDR access occupies the memory unit: whole lines move."""
-    return max(1, -(-lines * LINE_BYTES // p.ddr_bytes_per_cycle))
+def load_occupancy(p: TimingParameters, lines: int, n: int, stalls: int = 0) -> int:
+    """Cycles that a load of n words in `lines` lines occupies the memory unit; `stalls` are those of its lines.
+
+    Lines arrive one every `line_cycles`, and one row of the register file is written a cycle. A scalar load has one
+    line and no words.
+    """
+    return max(1, lines * p.line_cycles + stalls, -(-n // p.vector_lanes))
+
+
+def store_cycles(
+    p: TimingParameters, first: int, outer: int, inner: int, outer_bytes: int, inner_bytes: int, size: int, cycles: int
+) -> int:
+    """Cycles in which a store reads its words and hands on its lines, each line in `cycles` cycles.
+
+    An outer row is read in pieces, one a cycle: rows of the register file if its elements are adjacent in memory,
+    single words if not. It takes as long as its pieces or its lines, whichever is longer; `first` is a byte address.
+    A store to DDR occupies the unit for this long at `line_cycles` a line, at least one cycle.
+    """
+    pieces = -(-inner // p.vector_lanes) if inner_bytes == size else inner
+    total = 0
+    for o in range(outer):
+        lines = blocks_touched(first + o * outer_bytes, inner, inner_bytes, size, LINE_BYTES)
+        total += max(pieces, lines * cycles)
+    return total
+
+
+def hbm_store_end(p: TimingParameters, start: int, rows: int, cycles: int) -> int:
+    """First free cycle of the unit after a store to HBM of `rows` memory rows, whose `store_cycles` are `cycles`.
+
+    Line for line (`store_cycles` at one cycle a line), and one write slot a row.
+    """
+    if rows == 0:
+        return start + 1
+    return max(write_slot(p, start) + (rows - 1) * p.write_period + 1, start + cycles)
 
 
 def write_slot(p: TimingParameters, cycle: int) -> int:
@@ -337,6 +369,36 @@ def step_cycles(p: TimingParameters, vectors: int, size: int) -> int:
     """
     passes = -(-vectors // p.rows)
     return max(passes, -(-fold(p, vectors, size) * p.columns * p.lanes * size // p.fifo_port_bytes))
+
+
+def last_hold(p: TimingParameters, vectors: int, size: int) -> int:
+    """Cycles a step of a column block's last chunk holds its columns: their results leave a row a cycle.
+
+    A partly filled last step counts as a full one.
+    """
+    row_writes = -(-fold(p, vectors, size) * p.columns // p.vector_lanes)
+    return max(step_cycles(p, vectors, size), vectors * row_writes)
+
+
+def chunk_load(p: TimingParameters, modifiers: Any, vectors: int) -> int:
+    """Cycles that the operands of one chunk take through the unit's port of the register file, a row a cycle.
+
+    They are the chunk of each vector, and of a column patch.
+    """
+    vectors_read = vectors + (1 if modifiers[X_PATCH] == PATCH_COLUMN else 0)
+    return max(1, p.lanes // p.vector_lanes) * vectors_read
+
+
+def block_load(p: TimingParameters, modifiers: Any, vectors: int, columns: int) -> int:
+    """Cycles that the operands of a whole column block of `columns` columns add to its first chunk's `chunk_load`.
+
+    They are the column scales, the bias, a lane patch, and the sums that accumulators start from; and a scale word.
+    """
+    rows = vectors if modifiers[X_ACCUMULATE] else 0
+    rows += 1 if modifiers[X_ADD_BIAS] else 0
+    rows += 1 if modifiers[X_SCALING] == SCALE_COLUMN else 0
+    rows += 1 if modifiers[X_PATCH] == PATCH_LANE else 0
+    return -(-columns // p.vector_lanes) * rows + (1 if modifiers[X_SCALING] == SCALE_WORD else 0)
 
 
 def burst_rows(p: TimingParameters, columns: int, size: int) -> int:
@@ -382,8 +444,10 @@ def gather_cycles(p: TimingParameters, n: int, devices: int) -> int:
     return p.setup_latency + devices // 2 * (slice_cycles(p, n) + p.hop_latency) + 1
 
 
-def gather_done(p: TimingParameters, n: int, starts: Any, send: Any, done: Any) -> None:
+def gather_done(p: TimingParameters, n: int, starts: Any, send: Any, done: Any, before: int = 0) -> None:
     """Completion of one gather on all devices: `starts` [N] in, `done` [N] out, `send` [N] is scratch.
+
+    `before` gathers have gone before it in the run (they number the blocks for `stall`).
 
     Clockwise (d to d + 1) a block travels N // 2 hops, anticlockwise (N - 1) // 2. A device sends its own block
     `setup_latency` after its start, then forwards block by block: each when it has arrived in whole and the link
@@ -394,17 +458,50 @@ def gather_done(p: TimingParameters, n: int, starts: Any, send: Any, done: Any) 
         done[d] = starts[d] + p.setup_latency
     for direction in range(2):
         hops = devices // 2 if direction == 0 else (devices - 1) // 2
+        port = LINK_CW if direction == 0 else LINK_CCW
         for d in range(devices):
             send[d] = starts[d] + p.setup_latency
         for hop in range(1, hops + 1):
+            block = before * hops + hop - 1
             held = send[devices - 1] if direction == 0 else send[0]
             for i in range(devices):
                 d = devices - 1 - i if direction == 0 else i
                 source = d - 1 if direction == 0 else d + 1
                 sent = held if (source < 0 or source == devices) else send[source]
-                arrived = sent + cycles + p.hop_latency
-                done[d] = max(done[d], arrived, send[d] + cycles)
+                delay = stall(p.stall_seed, (source + devices) % devices, port, block)
+                arrived = sent + cycles + delay + p.hop_latency
+                free = send[d] + cycles + stall(p.stall_seed, d, port, block)
+                done[d] = max(done[d], arrived, free)
                 if hop < hops:
-                    send[d] = max(send[d] + cycles, arrived)
+                    send[d] = max(free, arrived)
     for d in range(devices):
         done[d] += 1
+
+
+# Stalls, for verification -----------------------------------------------------------------------------------
+HBM_REQUEST, HBM_DATA, DDR_REQUEST, LINK_CW, LINK_CCW = range(5)
+"""Ports that `stall` delays. The index of an event counts through the run, from 0 on each device: the matrix rows
+requested (both HBM ports), the lines of loads and scalar loads, the blocks sent on a link."""
+STALL_SEEDS = 1 << 32
+"""Seeds are below this number."""
+
+
+def mixed(x: int) -> int:
+    """A bijection of 32-bit integers that spreads every bit: xorshifts and odd multipliers below 2^31."""
+    x ^= x >> 16
+    x = x * 0x7FEB352D & 0xFFFFFFFF
+    x ^= x >> 15
+    x = x * 0x68E31DA5 & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
+def stall(seed: int, rank: int, port: int, index: int) -> int:
+    """Cycles by which the outside world delays event `index` at a port of device `rank`: 0, or now and then 1 to 24.
+
+    The contract knows no stalls (seed 0). With a seed below 2^32 both simulators and the hardware's test bench delay
+    the same events alike, which shows that nothing leans on the memories' and links' regularity.
+    """
+    if seed == 0:
+        return 0
+    h = mixed(mixed(mixed(seed) ^ (rank * 8 + port)) ^ (index & 0xFFFFFFFF))
+    return 1 + (h >> 8) % 24 if h % 16 == 0 else 0

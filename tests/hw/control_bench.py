@@ -31,15 +31,16 @@ from typebar.isa.timing import (
     VMOV,
     VWRITE,
     blocks_touched,
-    ddr_occupancy,
     element_bytes,
     fetch_slot,
+    hbm_store_end,
+    load_occupancy,
     matmul_latency,
+    store_cycles,
     timing_parameters,
     vector_count,
     vector_latency,
     vector_occupancy,
-    write_slot,
 )
 from typebar.sim.functional import DeviceMemory, DeviceTrap, FunctionalSimulator
 from typebar.sim.timing import run_timing
@@ -126,22 +127,25 @@ class Units:
 
     def _memory(self, start: Start, opcode: int) -> tuple[int, int]:
         values, cycle = start.values, start.cycle
-        block = P.row_bytes if start.modifiers["region"] == Region.KV else 64
+        in_hbm = start.modifiers["region"] == Region.KV
+        block, line_cycles = (P.row_bytes, 1) if in_hbm else (64, P.line_cycles)
         if opcode == LOAD:
             size = element_bytes(start.modifiers["format"])
             touched = blocks_touched(values[1] * 64 + values[2], values[3], size, size, block)
+            occupancy = load_occupancy(P, touched, values[3])
         elif opcode == STORE:
             size = element_bytes(start.modifiers["format"])
             base, (outer, inner, outer_bytes, inner_bytes) = values[1] * 64 + values[2], values[3:7]
             touched = sum(blocks_touched(base + o * outer_bytes, inner, inner_bytes, size, block) for o in range(outer))
+            cycles = store_cycles(P, base, outer, inner, outer_bytes, inner_bytes, size, line_cycles)
+            occupancy = max(1, cycles)
         else:
-            touched = 1
+            occupancy = P.line_cycles
             if opcode == SSTORE and start.modifiers["region"] == Region.IO:
                 self.io[values[0] * 16 + (values[1] >> 2)] = values[2]
-        if start.modifiers["region"] != Region.KV:
-            end = cycle + ddr_occupancy(P, touched)
-            return end, end + P.ddr_latency
-        end = cycle + 1 if touched == 0 else write_slot(P, cycle) + (touched - 1) * P.write_period + 1
+        if not in_hbm:
+            return cycle + occupancy, cycle + occupancy + P.ddr_latency
+        end = hbm_store_end(P, cycle, touched, cycles)
         return end, end + P.hbm_latency
 
     def completed(self, domain: Domain, cycle: int, before: int) -> int:

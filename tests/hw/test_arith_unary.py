@@ -19,7 +19,7 @@ from typebar.tests.hw.arith_bench import Bench, survivors
 
 U32Array = NDArray[np.uint32]
 
-LATENCIES = (2, Machine.load("u280").vector.unary_latency)
+LATENCIES = (2, Machine.load("u280").vector.latency)
 EDGES = np.array([4.0, 8.0, 9.0, 18.0, 64.0, 87.0, 88.7, 103.9, 128.0, 2.0**126, 2.0**127, 2.0**-126], np.float32)
 """Where a function changes its way, overflows or vanishes."""
 
