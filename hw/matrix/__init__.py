@@ -1,0 +1,1 @@
+"""Matrix unit: dot units, accumulators, epilogue."""
