@@ -15,7 +15,7 @@ from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import TRAP_TEXT, Trap
 from typebar.isa.machine import MAX_DEVICES, Machine
 from typebar.isa.program import Program, tables
-from typebar.isa.timing import UNIT_NAMES, Cause, timing_parameters
+from typebar.isa.timing import STALL_SEEDS, UNIT_NAMES, Cause, timing_parameters
 from typebar.sim.timing_core import BUDGET, FINISHED, GROW, advance
 from typebar.sim.timing_state import C_DRAIN, COUNTERS, LOG, TRACE, Code, State, new_state
 
@@ -95,11 +95,13 @@ def run_timing(
     entry: int = 0,
     max_instructions: int = DEFAULT_MAX_INSTRUCTIONS,
     trace: bool = False,
+    stall_seed: int = 0,
 ) -> TimingResult:
     """Time a program on `devices` devices from instruction `entry` until all have halted.
 
     `io` [devices, words] is the start of each device's IO region as 32-bit words, for scalar loads; it is not
     changed, and words beyond it read as 0. `max_instructions` counts all devices' instructions together.
+    `stall_seed`, if not 0, delays memories and links as `typebar.isa.timing.stall` says, for verification.
 
     Raises:
         TypebarError: a device traps, `max_instructions` is reached, an argument is out of range, or the machine's
@@ -109,7 +111,9 @@ def run_timing(
         raise TypebarError(f"devices = {devices} is outside 1 to {MAX_DEVICES}")
     if io.ndim != 2 or io.shape[0] != devices:
         raise TypebarError(f"the IO words have shape {list(io.shape)}: give one row for each of {devices} devices")
-    p = timing_parameters(machine)
+    if not 0 <= stall_seed < STALL_SEEDS:
+        raise TypebarError(f"stall_seed = {stall_seed} is outside 0 to {STALL_SEEDS - 1}")
+    p = timing_parameters(machine, stall_seed)
     decoded = tables(program)
     code = Code(decoded.opcode, decoded.modifiers, decoded.register, decoded.immediate)
     state = new_state(p, machine.vector.segments, devices, io, trace)

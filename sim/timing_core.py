@@ -28,6 +28,7 @@ from typebar.sim.timing_state import (
     C_SKEW,
     C_TRANSFER,
     C_UNIT,
+    E_GATHERS,
     GATHER_DONE,
     GATHER_N,
     GATHER_PC,
@@ -223,7 +224,9 @@ def _resolve_ring(s: State, p: TimingParameters) -> None:
     devices = s.pc.shape[0]
     n = s.gathers[GATHER_N, 0]
     together = gather_cycles(p, n, devices)
-    gather_done(p, n, s.gathers[GATHER_START], s.gathers[GATHER_SCRATCH], s.gathers[GATHER_DONE])
+    before = s.events[0, E_GATHERS]
+    gather_done(p, n, s.gathers[GATHER_START], s.gathers[GATHER_SCRATCH], s.gathers[GATHER_DONE], before)
+    s.events[0, E_GATHERS] = before + 1
     for d in range(devices):
         start = s.gathers[GATHER_START, d]
         count = gather_accesses(s.gather_values[d], devices, s.ranges)

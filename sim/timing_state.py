@@ -52,12 +52,17 @@ vector_occupancy = _formula(timing.vector_occupancy)
 vector_latency = _formula(timing.vector_latency)
 memory_accesses = _formula(timing.memory_accesses)
 blocks_touched = _formula(timing.blocks_touched)
-ddr_occupancy = _formula(timing.ddr_occupancy)
+load_occupancy = _formula(timing.load_occupancy)
+store_cycles = _formula(timing.store_cycles)
+hbm_store_end = _formula(timing.hbm_store_end)
 write_slot = _formula(timing.write_slot)
 element_bytes = _formula(timing.element_bytes)
 matmul_accesses = _formula(timing.matmul_accesses)
 fold = _formula(timing.fold)
 step_cycles = _formula(timing.step_cycles)
+last_hold = _formula(timing.last_hold)
+chunk_load = _formula(timing.chunk_load)
+block_load = _formula(timing.block_load)
 rows_needed = _formula(timing.rows_needed)
 rows_consumed = _formula(timing.rows_consumed)
 matrix_last_row = _formula(timing.matrix_last_row)
@@ -65,6 +70,7 @@ matmul_latency = _formula(timing.matmul_latency)
 gather_accesses = _formula(timing.gather_accesses)
 gather_done = _formula(timing.gather_done)
 gather_cycles = _formula(timing.gather_cycles)
+stall = _formula(timing.stall)
 
 # Plain integers, which the compiler takes as constants.
 SCALAR, MATRIX, VECTOR, MEMORY, RING = (int(unit) for unit in Unit)
@@ -75,7 +81,7 @@ C_WEIGHTS, C_TRANSFER, C_WRITE_SLOT = int(Cause.WEIGHTS), int(Cause.TRANSFER), i
 C_FIFO_FULL, C_STORE, C_FETCH = int(Cause.FIFO_FULL), int(Cause.STORE), int(Cause.FETCH)
 C_MATRIX, C_MEMORY, C_SKEW = int(Cause.MATRIX), int(Cause.MEMORY), int(Cause.SKEW)
 C_BRANCH, C_READ, C_QUEUE = int(Cause.BRANCH), int(Cause.READ), int(Cause.QUEUE)
-C_FENCE, C_DRAIN = int(Cause.FENCE), int(Cause.DRAIN)
+C_FENCE, C_DRAIN, C_OPERANDS = int(Cause.FENCE), int(Cause.DRAIN), int(Cause.OPERANDS)
 C_UNIT = C_MATRIX - MATRIX
 """Waiting for a result of unit u is cause C_UNIT + u."""
 KV, IO = int(Region.KV), int(Region.IO)
@@ -101,6 +107,7 @@ COUNTERS = (
 """Columns of `State.counters`: executed instructions, bytes, multiply-accumulates."""
 N_INSTRUCTIONS, N_FETCHED, N_USEFUL, N_WRITTEN, N_USEFUL_WRITTEN, N_DDR, N_RING, N_MACS = 0, 1, 3, 5, 6, 7, 8, 9
 LOG, TRACE = 0, 1
+E_ROWS, E_USABLE, E_LINES, E_GATHERS = range(4)
 GATHER_N, GATHER_START, GATHER_PC, GATHER_DONE, GATHER_SCRATCH = range(5)
 NEVER = -(1 << 62)
 
@@ -133,6 +140,8 @@ class State(NamedTuple):
     write_unit: Ints  # [D, segments]
     read_done: Ints  # [D, U, segments] completion of the segment's last reader in each unit
     region_done: Ints  # [D, regions] completion of the last store to the region
+    reduced: Ints  # [D] completion of the last reduction
+    events: Ints  # [D, 4] so far: matrix rows requested, the last one's first usable cycle, lines loaded, gathers
     fifo: Ints  # [D, fifo_rows] cycle in which the row's place was freed
     fifo_place: Ints  # [D] place of the next row
     stores: Ints  # [D, ., 3]
@@ -175,6 +184,8 @@ def new_state(p: TimingParameters, segments: int, devices: int, io: NDArray[np.i
         write_unit=zeros(devices, segments),
         read_done=zeros(devices, UNITS, segments),
         region_done=zeros(devices, 16),
+        reduced=zeros(devices),
+        events=zeros(devices, 4),
         fifo=zeros(devices, p.fifo_rows) - 1,
         fifo_place=zeros(devices),
         stores=zeros(devices, pending_stores, 3),
@@ -206,18 +217,25 @@ def in_bounds(s: State, p: TimingParameters, count: int) -> bool:
 
 
 @compiled
+def later(ready: int, cause: int, done: int, unit: int) -> tuple[int, int]:
+    """The later of two waits and the unit that ends it, the lower one if they end together."""
+    if done > ready or (done == ready and unit < cause):
+        return done, unit
+    return ready, cause
+
+
+@compiled
 def operands_ready(s: State, p: TimingParameters, d: int, unit: int, count: int) -> tuple[int, int]:
-    """First cycle in which the operand ranges are free of hazards, and the unit that decides it."""
+    """First cycle in which the operand ranges are free of hazards, and the unit that decides it: the lowest of many."""
     ready, cause = 0, unit
     for i in range(count):
         first, words, written = s.ranges[i, 0], s.ranges[i, 1], s.ranges[i, 2]
         for segment in range(first // p.segment_words, (first + words - 1) // p.segment_words + 1):
-            if s.write_done[d, segment] > ready:
-                ready, cause = s.write_done[d, segment], s.write_unit[d, segment]
+            ready, cause = later(ready, cause, s.write_done[d, segment], s.write_unit[d, segment])
             if written:
                 for other in range(MATRIX, RING + 1):
-                    if other != unit and s.read_done[d, other, segment] > ready:
-                        ready, cause = s.read_done[d, other, segment], other
+                    if other != unit:
+                        ready, cause = later(ready, cause, s.read_done[d, other, segment], other)
     return ready, cause
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typebar.isa.checks import MAX_DOT_LENGTH
 from typebar.isa.machine import LINE_BYTES
 from typebar.isa.timing import (
+    DDR_REQUEST,
+    HBM_DATA,
+    HBM_REQUEST,
     LAST_HBM_REGION,
     LOAD,
     S_BYTE,
@@ -16,6 +19,7 @@ from typebar.isa.timing import (
     SLOAD,
     SSTORE,
     STORE,
+    VSUM,
     X_DST_INNER,
     X_DST_OUTER,
     X_FORMAT,
@@ -37,11 +41,15 @@ from typebar.sim.timing_state import (
     C_FIFO_FULL,
     C_ISSUE,
     C_MATRIX,
+    C_OPERANDS,
     C_STORE,
     C_TRANSFER,
     C_UNIT,
     C_WEIGHTS,
     C_WRITE_SLOT,
+    E_LINES,
+    E_ROWS,
+    E_USABLE,
     FETCH,
     GATHER_N,
     GATHER_PC,
@@ -65,15 +73,21 @@ from typebar.sim.timing_state import (
     T_REGION,
     VECTOR,
     Code,
+    Ints,
     State,
+    block_load,
     blocks_touched,
+    chunk_load,
     compiled,
-    ddr_occupancy,
     element_bytes,
     finish_instruction,
     fold,
     gather_accesses,
+    hbm_store_end,
     in_bounds,
+    last_hold,
+    later,
+    load_occupancy,
     matmul_accesses,
     matmul_latency,
     matrix_last_row,
@@ -84,8 +98,10 @@ from typebar.sim.timing_state import (
     remember,
     rows_consumed,
     rows_needed,
+    stall,
     start_instruction,
     step_cycles,
+    store_cycles,
     vector_accesses,
     vector_count,
     vector_latency,
@@ -115,11 +131,16 @@ def issue_vector(s: State, p: TimingParameters, code: Code, d: int, pc: int, t: 
     if not in_bounds(s, p, count):
         return T_BOUNDS
     ready, unit = operands_ready(s, p, d, VECTOR, count)
+    if opcode >= VSUM:
+        ready, unit = later(ready, unit, s.reduced[d], VECTOR)
     start = start_instruction(s, d, VECTOR, t, ready, C_UNIT + unit)
     occupancy = vector_occupancy(p, n)
     s.free[d, VECTOR] = start + occupancy
     s.causes[d, VECTOR, C_COMPUTE] += occupancy
-    finish_instruction(s, p, d, VECTOR, count, start + occupancy + vector_latency(p, opcode, occupancy))
+    latency = vector_latency(p, opcode, occupancy)
+    done = finish_instruction(s, p, d, VECTOR, count, start + occupancy + latency)
+    if opcode >= VSUM:
+        s.reduced[d] = done
     record_slice(s, d, VECTOR, start, start + occupancy, pc)
     return 0
 
@@ -169,10 +190,35 @@ def _lines_or_rows(s: State, code: Code, pc: int, block: int) -> tuple[int, int,
 
 
 @compiled
+def _store_cycles(s: State, p: TimingParameters, code: Code, pc: int, line_cycles: int) -> int:
+    """Cycles in which the store in hand reads its words and hands on its lines, each in `line_cycles`."""
+    values, size = s.values, element_bytes(code.modifiers[pc, 0])
+    first = values[S_LINE] * LINE_BYTES + values[S_BYTE]
+    outer, inner, outer_bytes, inner_bytes = (
+        values[S_OUTER],
+        values[S_INNER],
+        values[S_OUTER_BYTES],
+        values[S_INNER_BYTES],
+    )
+    return int(store_cycles(p, first, outer, inner, outer_bytes, inner_bytes, size, line_cycles))
+
+
+@compiled
+def _load_stalls(s: State, p: TimingParameters, d: int, lines: int) -> int:
+    """Cycles by which the lines of the load in hand are late; numbers them."""
+    total, before = 0, s.events[d, E_LINES]
+    s.events[d, E_LINES] = before + lines
+    if p.stall_seed:
+        for line in range(lines):
+            total += stall(p.stall_seed, d, DDR_REQUEST, before + line)
+    return total
+
+
+@compiled
 def _hbm_store(
     s: State, p: TimingParameters, code: Code, d: int, pc: int, t: int, ready: int, unit: int
 ) -> tuple[int, int]:
-    """Start and completion of a store to HBM: every row takes one write slot."""
+    """Start and completion of a store to HBM: every row takes one write slot, every line a cycle."""
     rows, first, last = _lines_or_rows(s, code, pc, p.row_bytes)
     cause = C_UNIT + unit
     if rows > 0:
@@ -180,9 +226,7 @@ def _hbm_store(
         if fetched > ready:
             ready, cause = fetched, C_FETCH
     start = start_instruction(s, d, MEMORY, t, ready, cause)
-    end = start + 1
-    if rows > 0:
-        end = write_slot(p, start) + (rows - 1) * p.write_period + 1
+    end = hbm_store_end(p, start, rows, _store_cycles(s, p, code, pc, 1))
     done = max(end + p.hbm_latency, s.done[d, MEMORY])
     if rows > 0:
         s.next_store[d] = remember(s.stores[d], s.next_store[d], first, last, done)
@@ -201,11 +245,18 @@ def _ddr_access(
     """Start and completion of a load or store in DDR; a load follows older stores to its region."""
     opcode = code.opcode[pc]
     loads = opcode in (LOAD, SLOAD)
-    if loads and s.region_done[d, region] > ready:
-        ready, unit = s.region_done[d, region], MEMORY
+    if loads:
+        ready, unit = later(ready, unit, s.region_done[d, region], MEMORY)
     start = start_instruction(s, d, MEMORY, t, ready, C_UNIT + unit)
     lines, _, _ = _lines_or_rows(s, code, pc, LINE_BYTES)
-    occupancy = ddr_occupancy(p, lines)
+    occupancy = 1
+    if loads:
+        words = s.values[3] if opcode == LOAD else 0
+        occupancy = load_occupancy(p, lines, words, _load_stalls(s, p, d, lines))
+    elif opcode == STORE:
+        occupancy = max(1, _store_cycles(s, p, code, pc, p.line_cycles))
+    else:
+        occupancy = p.line_cycles
     done = max(start + occupancy + p.ddr_latency, s.done[d, MEMORY])
     if not loads:
         s.region_done[d, region] = done
@@ -263,34 +314,44 @@ def _plan_chunk(s: State, p: TimingParameters, columns: int, step_columns: int, 
 def _stream(
     s: State,
     p: TimingParameters,
+    modifiers: Ints,
     d: int,
     start: int,
     fetch_start: int,
     k: int,
     n: int,
-    hold: int,
-    step_columns: int,
+    vectors: int,
     size: int,
 ) -> tuple[int, int, int, int]:
-    """Run the fetch and step recurrences of one matmul whose step holds its columns for `hold` cycles.
+    """Run the fetch and step recurrences of one matmul.
 
     Returns the end of the last step, the first and the last request's cycle, and the rows fetched.
     """
     fifo, places, plan = s.fifo[d], s.fifo.shape[1], s.plan
     place, request, slot = s.fifo_place[d], fetch_start - 1, write_slot(p, fetch_start)
+    usable, before = s.events[d, E_USABLE], s.events[d, E_ROWS]
     end, first_request, rows = start, NEVER, 0
-    full, slots_lost, weights, accumulate = 0, 0, 0, 0
-    chunks = -(-k // p.lanes)
+    full, slots_lost, stalled, weights, accumulate, operands = 0, 0, 0, 0, 0, 0
+    chunks, chunk_begin = -(-k // p.lanes), start
+    step_columns = fold(p, vectors, size) * p.columns
     for first_column in range(0, n, p.column_block):
         columns = min(p.column_block, n - first_column)
         steps = _plan_chunk(s, p, columns, step_columns, size)
-        for _ in range(chunks):
+        load = chunk_load(p, modifiers, vectors) + block_load(p, modifiers, vectors, columns)
+        for chunk in range(chunks):
             requested, freed, oldest = 0, 0, place
+            loaded = chunk_begin + load
+            load = chunk_load(p, modifiers, vectors)
+            hold = last_hold(p, vectors, size) if chunk == chunks - 1 else step_cycles(p, vectors, size)
             for step in range(steps):
                 while requested < plan[0, step]:
                     earliest = request + 1
                     request = max(earliest, fifo[place] + 1)
                     full += request - earliest
+                    if p.stall_seed:
+                        delay = stall(p.stall_seed, d, HBM_REQUEST, before + rows)
+                        request += delay
+                        stalled += delay
                     if request >= slot:
                         if request > slot:
                             slot = write_slot(p, request)
@@ -300,17 +361,23 @@ def _stream(
                             slot += p.write_period
                     if rows == 0:
                         first_request = request
+                    delay = stall(p.stall_seed, d, HBM_DATA, before + rows) if p.stall_seed else 0
+                    usable = max(request + p.hbm_latency + delay, usable + 1)
                     rows += 1
                     requested += 1
                     place += 1
                     if place == places:
                         place = 0
-                arrived, summed = request + p.hbm_latency, plan[2, step] + p.accumulate_latency
-                begin = max(end, arrived, summed)
-                if arrived >= summed:
+                summed = plan[2, step] + p.accumulate_latency
+                begin = max(end, usable, summed, loaded)
+                if begin == usable:
                     weights += begin - end
-                else:
+                elif begin == summed:
                     accumulate += begin - end
+                else:
+                    operands += begin - end
+                if step == 0:
+                    chunk_begin, loaded = begin, NEVER
                 plan[2, step] = begin
                 end = begin + hold
                 while freed < plan[1, step]:
@@ -320,12 +387,14 @@ def _stream(
                     if oldest == places:
                         oldest = 0
     s.fifo_place[d] = place
-    s.causes[d, FETCH, C_TRANSFER] += rows
+    s.events[d, E_USABLE], s.events[d, E_ROWS] = usable, before + rows
+    s.causes[d, FETCH, C_TRANSFER] += rows + stalled
     s.causes[d, FETCH, C_FIFO_FULL] += full
     s.causes[d, FETCH, C_WRITE_SLOT] += slots_lost
     s.causes[d, MATRIX, C_WEIGHTS] += weights
     s.causes[d, MATRIX, C_ACCUMULATE] += accumulate
-    s.causes[d, MATRIX, C_COMPUTE] += end - start - weights - accumulate
+    s.causes[d, MATRIX, C_OPERANDS] += operands
+    s.causes[d, MATRIX, C_COMPUTE] += end - start - weights - accumulate - operands
     return end, first_request, request, rows
 
 
@@ -349,9 +418,9 @@ def issue_matrix(s: State, p: TimingParameters, code: Code, d: int, pc: int, t: 
     """Issue a matmul: its fetch half to the fetch engine, its compute half to the matrix unit."""
     modifiers, values = code.modifiers[pc], s.values
     k, n, outer, inner = values[X_K], values[X_N], values[X_OUTER], values[X_INNER]
-    if k < 0 or k > MAX_DOT_LENGTH or n < 0 or n > p.words:
+    if k < 1 or k > MAX_DOT_LENGTH or n < 0 or n > p.words:
         return T_COUNT
-    if _bad_counts(p, outer, inner):
+    if _bad_counts(p, outer, inner) or outer * inner > p.vectors:
         return T_COUNT
     for stride in (values[X_SRC_OUTER], values[X_SRC_INNER], values[X_DST_OUTER], values[X_DST_INNER]):
         if stride < 0 or stride > p.words:
@@ -368,16 +437,14 @@ def issue_matrix(s: State, p: TimingParameters, code: Code, d: int, pc: int, t: 
     ready, unit = operands_ready(s, p, d, MATRIX, count)
     start = start_instruction(s, d, MATRIX, t, ready, C_UNIT + unit)
     end = start + 1
-    if k == 0 or n == 0 or vectors == 0:
+    if n == 0 or vectors == 0:
         s.causes[d, MATRIX, C_COMPUTE] += 1
     else:
         first, last = 0, -1
         if region == KV:
             first, last = line // p.row_lines, matrix_last_row(p, line, k, n, size, modifiers[X_FULL])
         begin = _fetch_start(s, p, d, t, start, first, last)
-        step_columns = fold(p, vectors, size) * p.columns
-        hold = step_cycles(p, vectors, size)
-        end, first_request, request, rows = _stream(s, p, d, start, begin, k, n, hold, step_columns, size)
+        end, first_request, request, rows = _stream(s, p, modifiers, d, start, begin, k, n, vectors, size)
         s.free[d, FETCH] = request + 1
         if region == KV:
             s.next_fetch[d] = remember(s.fetches[d], s.next_fetch[d], first, last, request + 1)
