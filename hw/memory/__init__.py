@@ -1,0 +1,1 @@
+"""What moves bytes between memories and the device: the fetch engine, loads and stores."""
