@@ -69,11 +69,14 @@ WRITTEN = ("dst", "maximum")
 
 @dataclass
 class _Range:
-    """A register operand under check: `words` (exact, signed) from `base`; `aligned` if it must start on a vector."""
+    """A register operand under check: `words` (exact, signed) from `base`.
+
+    The bits of `base` in `mask` must be 0 if there are several words.
+    """
 
     base: Signal
     words: Signal
-    aligned: Signal
+    mask: Signal
 
 
 class OperandChecker(wiring.Component):
@@ -114,22 +117,23 @@ class OperandChecker(wiring.Component):
             name: _Range(
                 Signal(signed(32), name=f"{name}_base"),
                 Signal(signed(2 * bits + 4), name=f"{name}_words"),
-                Signal(name=f"{name}_aligned"),
+                Signal(bits, name=f"{name}_mask"),
             )
             for name in RANGES
         }
         self._bad_count, self._bad_stride, self._bad_access = Signal(), Signal(), Signal()
         self._bad_address, self._bad_region = Signal(), Signal()
-        self._no_rows = Signal()
+        self._no_rows, self._rows_meet = Signal(), Signal()
+        self._in_place, self._apart = {name: Signal(name=f"in_place_{name}") for name in ("a", "b")}, Signal()
         self._products()
         with m.Switch(self.opcode):
             for name in (*_BINARY, "vmov", "vunary", *_REDUCE):
                 with m.Case(OP[name]):
                     self._vector(name)
             with m.Case(OP["vwrite"]):
-                self._range("dst", self._value("vwrite", "dst"), 1, aligned=False)
+                self._range("dst", self._value("vwrite", "dst"), 1, mask=0)
             with m.Case(OP["vread"]):
-                self._range("a", self._value("vread", "a"), 1, aligned=False)
+                self._range("a", self._value("vread", "a"), 1, mask=0)
             with m.Case(OP["gather"]):
                 self._gather()
             with m.Case(OP["load"]):
@@ -159,9 +163,11 @@ class OperandChecker(wiring.Component):
         """A value already known to lie in 0 .. vector.words."""
         return value[: word_bits(self.machine)]
 
-    def _range(self, name: str, base: Value, words: Value | int, aligned: Value | bool = True) -> None:
+    def _range(self, name: str, base: Value, words: Value | int, mask: Value | int | None = None) -> None:
+        """Set an operand to be checked, by default for a vector's alignment."""
         item = self._ranges[name]
-        self._m.d.comb += [item.base.eq(base), item.words.eq(words), item.aligned.eq(aligned)]
+        mask = self.machine.vector.align - 1 if mask is None else mask
+        self._m.d.comb += [item.base.eq(base), item.words.eq(words), item.mask.eq(mask)]
 
     def _size_shift(self, formats: Value) -> Value:
         """log2 of the element size."""
@@ -196,32 +202,41 @@ class OperandChecker(wiring.Component):
         self._vectors, self._outer_last, self._inner_last = Signal(2 * bits), Signal(bits), Signal(bits)
         self._counts_ok = Signal()
         words = self.machine.vector.words
+        most = Mux(is_store, words, self.machine.matrix.vectors)
         m.d.comb += [
             self._vectors.eq(self._short(outer) * self._short(inner)),
             self._outer_last.eq(self._short(outer) - 1),
             self._inner_last.eq(self._short(inner) - 1),
-            self._counts_ok.eq(self._within(outer, words) & self._within(inner, words) & (self._vectors <= words)),
+            self._counts_ok.eq(self._within(outer, words) & self._within(inner, words) & (self._vectors <= most)),
         ]
 
-    def _reach(self, outer_stride: Value, inner_stride: Value, name: str) -> Value:
-        """Distance from the first to the last vector, given strides; meaningless without vectors."""
-        width = word_bits(self.machine) + max(len(outer_stride), len(inner_stride)) + 1
-        reach = Signal(width, name=name)
-        self._m.d.comb += reach.eq(self._outer_last * outer_stride + self._inner_last * inner_stride)
-        return reach
+    def _reaches(self, outer_stride: Value, inner_stride: Value, last_bits: int, name: str) -> tuple[Signal, Signal]:
+        """Distances from the first vector to the last of its outer, and of its inner row, given strides.
+
+        Meaningless without vectors, and unless either count fits `last_bits`.
+        """
+        outer = Signal(last_bits + len(outer_stride), name=f"{name}_outer_reach")
+        inner = Signal(last_bits + len(inner_stride), name=f"{name}_inner_reach")
+        self._m.d.comb += [
+            outer.eq(self._outer_last[:last_bits] * outer_stride),
+            inner.eq(self._inner_last[:last_bits] * inner_stride),
+        ]
+        return outer, inner
 
     # Instructions --------------------------------------------------------------------------------------
     def _vector(self, name: str) -> None:
         m, n, reduces = self._m, self._value(name, "n"), name in _REDUCE
         m.d.comb += self._bad_count.eq(~self._within(n, self.machine.vector.words))
         results: Value | int = (2 if name == "vargmax" else 1) if reduces else n
-        self._range("dst", self._value(name, "dst"), results, aligned=not reduces)
+        self._range("dst", self._value(name, "dst"), results, mask=1 if reduces else None)
         if name != "vmov":
             self._range("a", self._value(name, "a"), n)
+            m.d.comb += self._in_place["a"].eq(not reduces)
         if name == "vmov" or name in _BINARY:
             source = self._modifier(name, "b_from")
             with m.If(source == Source.VECTOR):
                 self._range("b", self._value(name, "b"), n)
+                m.d.comb += self._in_place["b"].eq(1)
             with m.Elif(source == Source.WORD):
                 self._range("b", self._value(name, "b"), n != 0)
 
@@ -235,7 +250,7 @@ class OperandChecker(wiring.Component):
         self._range("dst", self._value("gather", "dst"), Mux(over, limit, total))
         own = n[: self.machine.ring.buffer_words.bit_length()]
         self._range("a", self._value("gather", "a"), Mux(own > self.machine.vector.words, limit, own))
-        m.d.comb += self._bad_stride.eq((n & (self.machine.vector.align - 1)) != 0)
+        m.d.comb += [self._bad_stride.eq((n & (self.machine.vector.align - 1)) != 0), self._apart.eq(1)]
 
     def _load(self) -> None:
         m, n, region = self._m, self._value("load", "n"), self._modifier("load", "region")
@@ -256,7 +271,8 @@ class OperandChecker(wiring.Component):
         m, region = self._m, self._modifier("store", "region")
         formats, address = self._modifier("store", "format"), self._address("store")
         outer_bytes, inner_bytes = self._value("store", "outer_bytes"), self._value("store", "inner_bytes")
-        reach = self._reach(outer_bytes[:31], inner_bytes[:31], "store_reach")
+        outer_reach, inner_reach = self._reaches(outer_bytes[:31], inner_bytes[:31], word_bits(self.machine), "store")
+        reach = outer_reach + inner_reach
         end = Signal(signed(max(len(reach), len(address)) + 2))
         length = self._length(region)
         none = self._vectors == 0
@@ -296,7 +312,7 @@ class OperandChecker(wiring.Component):
         strides = {name: self._value("matmul", name) for name in names}
         patch, scaling = self._modifier("matmul", "patch"), self._modifier("matmul", "scaling")
         counts = [self._within(stride, words) for stride in strides.values()]
-        counts += [self._counts_ok, self._within(k, MAX_DOT_LENGTH), self._within(n, words)]
+        counts += [self._counts_ok, self._within(k, MAX_DOT_LENGTH), k != 0, self._within(n, words)]
         counts.append((patch == Patch.NONE) | (self._value("matmul", "patch_at") >= 0))
         short = {name: self._short(stride) for name, stride in strides.items()}
         some = self._vectors != 0
@@ -304,13 +320,24 @@ class OperandChecker(wiring.Component):
             self._bad_count.eq(~Cat(counts).all()),
             self._bad_stride.eq(Cat((stride & (align - 1)) != 0 for stride in strides.values()).any()),
             self._no_rows.eq(~some),
+            self._apart.eq(1),
             self.dst_read.eq(self._modifier("matmul", "accumulate")),
         ]
-        dst_reach = self._reach(short["dst_outer"], short["dst_inner"], "dst_reach")
-        src_reach = self._reach(short["src_outer"], short["src_inner"], "src_reach")
-        long_n, long_k = n > 1, k > 1
-        self._range("dst", self._value("matmul", "dst"), Mux(some & (n != 0), dst_reach + self._short(n), 0), long_n)
-        self._range("a", self._value("matmul", "src"), Mux(some & (k != 0), src_reach + k[:17], 0), long_k)
+        bits = self.machine.matrix.vectors.bit_length()
+        dst = self._reaches(short["dst_outer"], short["dst_inner"], bits, "dst")
+        src = self._reaches(short["src_outer"], short["src_inner"], bits, "src")
+        long_n, long_k = Mux(n > 1, align - 1, 0), Mux(k > 1, align - 1, 0)
+        reach = dst[0] + dst[1] + self._short(n)
+        self._range("dst", self._value("matmul", "dst"), Mux(some & (n != 0), reach, 0), long_n)
+        self._range("a", self._value("matmul", "src"), Mux(some, src[0] + src[1] + k[:17], 0), long_k)
+        # Rows of results lie apart if those of one count lie within the other's stride.
+        many = {"dst_outer": self._outer_last != 0, "dst_inner": self._inner_last != 0}
+        whole = {"dst_outer": dst[0] + self._short(n), "dst_inner": dst[1] + self._short(n)}
+        nested = [
+            (~many[inside] | (short[inside] >= n)) & (~many[outside] | (short[outside] >= whole[inside]))
+            for inside, outside in (("dst_inner", "dst_outer"), ("dst_outer", "dst_inner"))
+        ]
+        m.d.comb += self._rows_meet.eq(~nested[0] & ~nested[1] & some & (n != 0))
         with m.If(scaling == Scale.COLUMN):
             self._range("b", self._value("matmul", "scale"), n)
         with m.Elif(scaling == Scale.WORD):
@@ -318,7 +345,7 @@ class OperandChecker(wiring.Component):
         with m.If(self._modifier("matmul", "add_bias")):
             self._range("bias", self._value("matmul", "bias"), n)
         with m.If(self._modifier("matmul", "row_max")):
-            self._range("maximum", self._value("matmul", "maximum"), self._vectors, aligned=False)
+            self._range("maximum", self._value("matmul", "maximum"), self._vectors, mask=0)
         with m.If(patch == Patch.COLUMN):
             self._range("patch", self._value("matmul", "patch_src"), k)
         with m.Elif(patch == Patch.LANE):
@@ -348,7 +375,7 @@ class OperandChecker(wiring.Component):
             lane_rows.eq(((blocks_before * chunks) << block) + (chunks - 1)[:17] * width + columns),
             end.eq((lane_rows << lanes) << shift),
             last.eq((line << _LINE_SHIFT) + end),
-            self.fetches.eq((k != 0) & (n != 0) & some),
+            self.fetches.eq((n != 0) & some),
             self._bad_access.eq(~self._is_in(region, HBM_REGIONS)),
             self._bad_address.eq((line & (machine.row_lines - 1)) != 0),
             self._bad_region.eq(self.fetches & ((line < 0) | (last > self._length(region)))),
@@ -358,10 +385,21 @@ class OperandChecker(wiring.Component):
             self.rows.last.eq((last - 1) >> row),
         ]
 
+    def _overlap(self) -> Value:
+        """Whether a result meets an operand that it must be apart from, or one in place that is not the same."""
+        m, dst, found = self._m, self.ranges["dst"], [self._rows_meet]
+        for name in RANGES[1:]:
+            item, meet = self.ranges[name], Signal(name=f"dst_meets_{name}")
+            m.d.comb += meet.eq(dst.valid & item.valid & (dst.first <= item.last) & (item.first <= dst.last))
+            found.append(self._apart & meet)
+            if name in self._in_place:
+                found.append(self._in_place[name] & meet & (dst.first != item.first))
+        return Cat(found).any()
+
     # Outcome -------------------------------------------------------------------------------------------
     def _verdict(self) -> None:
         """The first failing rule, in the order of `isa/checks.py`; the ranges for the scoreboard."""
-        m, words, align = self._m, self.machine.vector.words, self.machine.vector.align
+        m, words = self._m, self.machine.vector.words
         verdicts: list[tuple[Value, Trap]] = [(self._bad_count, Trap.COUNT)]
         for name in RANGES:
             item = self._ranges[name]
@@ -375,7 +413,7 @@ class OperandChecker(wiring.Component):
                 some.eq(item.words > 0),
                 last.eq(item.base + item.words - 1),
                 bounds.eq(some & ((item.base < 0) | (last >= words))),
-                misaligned.eq(some & item.aligned & (item.words > 1) & ((item.base & (align - 1)) != 0)),
+                misaligned.eq(some & (item.words > 1) & ((item.base & item.mask) != 0)),
                 self.ranges[name].valid.eq(some & ~self._no_rows),
                 self.ranges[name].first.eq(item.base),
                 self.ranges[name].last.eq(last),
@@ -386,6 +424,7 @@ class OperandChecker(wiring.Component):
             (self._bad_access, Trap.REGION_ACCESS),
             (self._bad_address, Trap.MISALIGNED),
             (self._bad_region, Trap.REGION_BOUNDS),
+            (self._overlap(), Trap.OVERLAP),
         ]
         for index, (failed, trap) in enumerate(verdicts):
             with m.If(failed) if index == 0 else m.Elif(failed):

@@ -19,6 +19,7 @@ from typebar.hw.control.queue import TicketQueue
 from typebar.hw.control.scalar import ScalarUnit
 from typebar.hw.control.scoreboard import FETCH_DOMAINS, Scoreboard
 from typebar.hw.control.tickets import UNIT_DOMAINS, Domain, ticket_bits
+from typebar.hw.ports import CAUSE_BITS, activity_layout
 from typebar.isa.instructions import (
     COUNT_REGISTER,
     DEVICE_REGISTER,
@@ -36,7 +37,7 @@ from typebar.isa.instructions import (
     Unit,
 )
 from typebar.isa.machine import Machine, MachineError
-from typebar.isa.timing import OP
+from typebar.isa.timing import OP, VARGMAX, VRMAX, VSUM, VSUMSQ, Cause
 
 PIPELINE_BRANCH_CYCLES = 3
 """From a branch in stage I to its target there."""
@@ -77,7 +78,9 @@ class ControlCore(wiring.Component):
 
     Units: streams `matrix`, `vector`, `memory`, `ring`, `fetch`; a transfer is the instruction's start. `completed` is
     the last ticket done of each domain: a unit sets it in the first cycle in which a dependent instruction may start
-    (`done`), and it covers all older ones.
+    (`done`), and it covers all older ones. `waited` has for each domain the cause of its head's wait in the queue,
+    valid with the transfer. `activity` is the scalar core's own; its first active cycle is the contract's cycle 0.
+    `stop` ends the run at once, for whoever finds a fault.
 
     `vread`: `read_enable` with `read_address`; `read_data` must hold the word `read_latency - 1` cycles later. `sload`:
     `scalar_valid` with `scalar_data` for one cycle, the one before the instruction's `done`.
@@ -114,6 +117,9 @@ class ControlCore(wiring.Component):
                 "load_word": In(WORD_BITS),
                 **ports,
                 "completed": In(data.ArrayLayout(self.bits, len(Domain))),
+                "waited": Out(data.ArrayLayout(unsigned(CAUSE_BITS), len(Domain))),
+                "activity": Out(activity_layout()),
+                "stop": In(1),
                 "read_enable": Out(1),
                 "read_address": Out(range(machine.vector.words)),
                 "read_data": In(32),
@@ -266,7 +272,33 @@ class ControlCore(wiring.Component):
         with m.Elif(opcode == OP["sload"]):
             m.d.comb += self._result.eq(self.scalar_data)
         self._write_back()
+        self._account(live, barrier)
         self._state(trap, barrier)
+
+    def _account(self, live: Value, barrier: Value) -> None:
+        """What the scalar core does in this cycle; between instructions only a branch's bubbles are left."""
+        m, opcode, board = self._m, self._decoded["opcode"], self._board
+        begun, cause = Signal(), self.activity.cause
+        m.d.comb += self.activity.active.eq(live | (self.running & ~self._valid & begun))
+        with m.If(self.start | ~self.running):
+            m.d.sync += begun.eq(0)
+        with m.Elif(live):
+            m.d.sync += begun.eq(1)
+        with m.If(~self._valid):
+            m.d.comb += cause.eq(int(Cause.BRANCH))
+        with m.Elif(opcode == OP["vread"]):
+            with m.If(self._reading):
+                m.d.comb += cause.eq(int(Cause.READ))
+            with m.Else():
+                for domain in reversed(UNIT_DOMAINS):
+                    with m.If(board.waits[domain.name.lower()].valid):
+                        m.d.comb += cause.eq(int(Cause[domain.name]))
+        with m.Elif(self._loaded):
+            m.d.comb += cause.eq(int(Cause.MEMORY))
+        with m.Elif(barrier):
+            m.d.comb += cause.eq(Mux(self._executed, int(Cause.ISSUE), int(Cause.FENCE)))
+        with m.Elif(self._decoded["unit"] != Unit.SCALAR):
+            m.d.comb += cause.eq(Mux(self._push, int(Cause.ISSUE), int(Cause.QUEUE)))
 
     def _write_back(self) -> None:
         """Which register the instruction in I writes; the commit port."""
@@ -301,6 +333,7 @@ class ControlCore(wiring.Component):
             m.d.sync += waiting.eq(cycles)
         with m.Elif(waiting != 0):
             m.d.sync += waiting.eq(waiting - 1)
+        self._reading = waiting != 0
         return waiting == 1
 
     def _scoreboard(self) -> Scoreboard:
@@ -316,6 +349,7 @@ class ControlCore(wiring.Component):
             board.loads.eq(checker.loads),
             board.hbm_store.eq(checker.hbm_store),
             board.stores.eq(decoded["opcode"].matches(OP["store"], OP["sstore"])),
+            board.reduces.eq(decoded["opcode"].matches(VSUM, VSUMSQ, VRMAX, VARGMAX)),
             board.unit.eq(decoded["unit"] - 1),
             board.completed.eq(self.completed),
         ]
@@ -327,15 +361,16 @@ class ControlCore(wiring.Component):
         depth = self.machine.control.queue_depth
         self._issued = issued = Array(Signal(self.bits, name=f"issued_{item.name.lower()}") for item in Domain)
         self._queues = {item: TicketQueue(issued_layout(self.machine, item), depth, self.bits) for item in UNIT_DOMAINS}
-        fetch_layout = issued_layout(self.machine, Domain.FETCH)
-        self._queues[Domain.FETCH] = TicketQueue(fetch_layout, depth + 1, self.bits, FETCH_DOMAINS)
+        fetch_layout, stores = issued_layout(self.machine, Domain.FETCH), {Domain.MEMORY: Cause.STORE}
+        self._queues[Domain.FETCH] = TicketQueue(fetch_layout, depth + 1, self.bits, FETCH_DOMAINS, stores)
         loaded, push = Signal(), Signal()
         unit = decoded["unit"] - 1
         ready = Signal()
         for domain in UNIT_DOMAINS:
             with m.If(unit == domain):
-                m.d.comb += ready.eq(self._queues[domain].i.ready)
-        room = board.ready & (self._queues[Domain.FETCH].i.ready | ~board.fetches)
+                m.d.comb += ready.eq(self._queues[domain].i.ready & ~self._crowded(domain))
+        can_fetch = self._queues[Domain.FETCH].i.ready & ~self._crowded(Domain.FETCH)
+        room = board.ready & (can_fetch | ~board.fetches)
         m.d.comb += [
             push.eq(live & (decoded["unit"] != Unit.SCALAR) & ready & room & ~loaded),
             board.issue.eq(push),
@@ -357,7 +392,12 @@ class ControlCore(wiring.Component):
             m.d.sync += loaded.eq(0)
         with m.Elif(push & is_load):
             m.d.sync += loaded.eq(1)
+        self._loaded, self._push = loaded, push
         return Mux(is_load, loaded & self.scalar_valid, push)
+
+    def _crowded(self, domain: Domain) -> Value:
+        """Whether a unit owes more than its latencies explain: with a memory that is late, tickets could wrap."""
+        return (self._issued[domain] - self.completed[domain])[: self.bits][-2:] != 0
 
     def _connect(self, domain: Domain, queue: TicketQueue) -> None:
         """A queue's payload from stage I, and its output to the port."""
@@ -372,9 +412,13 @@ class ControlCore(wiring.Component):
         for index in range(operand_slots(domain)):
             m.d.comb += item["values"][index].eq(self._values[index])
         permit: Value = Const(1, 1)
+        waited: Value = queue.waited
         if domain is Domain.FETCH and not self.machine.control.run_ahead:
-            permit = self._compute_started()
+            permit, held = self._compute_started(), Signal()
+            m.d.sync += held.eq(queue.o.valid & port.ready & ~permit)
+            waited = Mux(held, int(Cause.MATRIX), waited)
         m.d.comb += [
+            self.waited[domain].eq(waited),
             port.payload.eq(queue.o.payload),
             port.valid.eq(queue.o.valid & permit),
             queue.o.ready.eq(port.ready & permit),
@@ -396,7 +440,9 @@ class ControlCore(wiring.Component):
         """Running, halted, trapped."""
         m = self._m
         m.d.comb += self.idle.eq(~self.running & self._drained)
-        with m.If(self.start):
+        with m.If(self.stop):
+            m.d.sync += [self.running.eq(0), self._valid.eq(0)]
+        with m.Elif(self.start):
             m.d.sync += [
                 self.running.eq(1),
                 self.halted.eq(0),

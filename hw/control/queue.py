@@ -6,14 +6,25 @@ instruction in the cycle in which its head starts, since issue waits for the *st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from amaranth.hdl import Cat, Module, Mux, ShapeLike, Signal
+from amaranth.hdl import Array, Cat, Module, Mux, ShapeLike, Signal, Value
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from typebar.hw.control.tickets import Domain, owed, waits_layout
+from typebar.hw.ports import CAUSE_BITS
+from typebar.isa.timing import Cause
+
+_BLAMED = {
+    Domain.MATRIX: Cause.MATRIX,
+    Domain.VECTOR: Cause.VECTOR,
+    Domain.MEMORY: Cause.MEMORY,
+    Domain.RING: Cause.RING,
+    Domain.FETCH: Cause.FETCH,
+}
+"""What an instruction waits for while it waits for a ticket of a domain."""
 
 
 class TicketQueue(wiring.Component):
@@ -21,13 +32,26 @@ class TicketQueue(wiring.Component):
 
     `i` takes a payload (`i.ready` looks at `o.ready` when the queue is full), `waits` is sampled with it. `o.valid`
     rises when the head's tickets are all done; payloads leave in order. `completed` is the last ticket done of each
-    domain; a head may leave in the first cycle in which `completed` covers it. `memory`, `head`, `tail` and `stored`
-    are the state, for proofs.
+    domain; a head may leave in the first cycle in which `completed` covers it. `waited` (valid with `o`) is the cause
+    of the head's wait: the domain whose ticket was done last, the first of them in `Domain` if there are several, ISSUE
+    if the head owed nothing in the cycle after its push. `memory`, `head`, `tail` and `stored` are the state, for
+    proofs.
     """
 
-    def __init__(self, shape: ShapeLike, depth: int, bits: int, domains: Sequence[Domain] = tuple(Domain)) -> None:
-        """A queue of `depth` >= 1 places for `shape`, waiting on tickets of `bits` bits of `domains`."""
+    def __init__(
+        self,
+        shape: ShapeLike,
+        depth: int,
+        bits: int,
+        domains: Sequence[Domain] = tuple(Domain),
+        blamed: Mapping[Domain, Cause] = _BLAMED,
+    ) -> None:
+        """A queue of `depth` >= 1 places for `shape`, waiting on tickets of `bits` bits of `domains`.
+
+        `blamed` names the cause of a wait for each domain.
+        """
         self.shape, self.depth, self.bits, self.domains = shape, depth, bits, tuple(domains)
+        self.blamed = blamed
         self.memory = Memory(shape=shape, depth=depth, init=[])
         self.head, self.tail = Signal(range(depth)), Signal(range(depth))
         self.stored = Signal(data.ArrayLayout(waits_layout(bits, domains), depth))
@@ -37,6 +61,7 @@ class TicketQueue(wiring.Component):
                 "waits": In(waits_layout(bits, domains)),
                 "completed": In(data.ArrayLayout(bits, len(Domain))),
                 "o": Out(stream.Signature(shape)),
+                "waited": Out(CAUSE_BITS),
                 "level": Out(range(depth + 1)),
             }
         )
@@ -48,16 +73,21 @@ class TicketQueue(wiring.Component):
         write, read = memory.write_port(), memory.read_port(domain="comb")
         head, tail = self.head, self.tail
         waiting = Signal(self.depth)
+        waited = Array(Signal(CAUSE_BITS, name=f"waited_{place}") for place in range(self.depth))
         pop, push = self.o.valid & self.o.ready, self.i.valid & self.i.ready
         for place in range(self.depth):
-            owes = []
+            owes: list[Value] = []
             for domain in self.domains:
                 wait = self.stored[place][domain.name.lower()]
                 still = wait.valid & owed(wait.ticket, self.completed[domain])
                 owes.append(still)
                 m.d.sync += wait.valid.eq(still)
+            # In the last cycle of its wait an entry owes just those that are done last.
+            for domain, still in reversed(list(zip(self.domains, owes, strict=True))):
+                with m.If(still):
+                    m.d.sync += waited[place].eq(int(self.blamed[domain]))
             with m.If(push & (tail == place)):
-                m.d.sync += self.stored[place].eq(self.waits)
+                m.d.sync += [self.stored[place].eq(self.waits), waited[place].eq(int(Cause.ISSUE))]
             m.d.comb += waiting[place].eq(Cat(owes).any())
 
         def after(place: Signal) -> object:
@@ -66,6 +96,7 @@ class TicketQueue(wiring.Component):
         m.d.comb += [
             read.addr.eq(head),
             self.o.payload.eq(read.data),
+            self.waited.eq(waited[head]),
             self.o.valid.eq((self.level != 0) & ~waiting.bit_select(head, 1)),
             self.i.ready.eq((self.level != self.depth) | pop),
             write.addr.eq(tail),

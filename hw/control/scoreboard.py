@@ -3,8 +3,9 @@
 Rules (docs/timing.md, "Start: hazards"). Registers: a read or a write waits for the last writer of each segment it
 covers, whatever its unit; a write also for the last reader in each other unit. Memory: a matmul's fetch half waits for
 older HBM stores to overlapping rows, an HBM store for the fetch halves of older matmuls with overlapping rows, a load
-from DDR for the last store to its region. `waits` and `fetch_waits` follow the operands in the same cycle; with `issue`
-the instruction's own tickets enter the tables at the cycle's end. A table drops a ticket when it is done.
+from DDR for the last store to its region. A reduction waits for the one before it. `waits` and `fetch_waits` follow the
+operands in the same cycle; with `issue` the instruction's own tickets enter the tables at the cycle's end. A table
+drops a ticket when it is done.
 """
 
 from __future__ import annotations
@@ -142,9 +143,9 @@ class RowTable(wiring.Component):
 class Scoreboard(wiring.Component):
     """The look-up of an issuing instruction in all tables.
 
-    In: what `OperandChecker` says of it (`ranges`, `dst_read`, `rows`, `fetches`, `region`, `loads`, `hbm_store`), the
-    `unit` (a `Domain`), its tickets, and `issue` in the cycle in which it issues. Out: `waits` for the unit's queue,
-    `fetch_waits` for the fetch half's, and `ready`.
+    In: what `OperandChecker` says of it (`ranges`, `dst_read`, `rows`, `fetches`, `region`, `loads`, `hbm_store`),
+    whether it `stores` or `reduces`, the `unit` (a `Domain`), its tickets, and `issue` in the cycle in which it issues.
+    Out: `waits` for the unit's queue, `fetch_waits` for the fetch half's, and `ready`.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -160,6 +161,7 @@ class Scoreboard(wiring.Component):
                 "loads": In(1),
                 "hbm_store": In(1),
                 "stores": In(1),
+                "reduces": In(1),
                 "unit": In(range(len(UNIT_DOMAINS))),
                 "ticket": In(self.bits),
                 "fetch_ticket": In(self.bits),
@@ -201,15 +203,16 @@ class Scoreboard(wiring.Component):
             self.ready.eq((stores.ready | ~self.hbm_store) & (fetches.ready | ~self.fetches)),
         ]
         for domain in UNIT_DOMAINS:
-            if domain is not Domain.MEMORY:
+            if domain not in (Domain.MEMORY, Domain.VECTOR):
                 name = domain.name.lower()
                 m.d.comb += self.waits[name].eq(segments.waits[name])
         # A store's awaited fetch, and a load's awaited store (younger than any writer of its registers or not).
         m.d.comb += self.waits["fetch"].valid.eq(self.hbm_store & fetches.waits["fetch"].valid)
         m.d.comb += self.waits["fetch"].ticket.eq(fetches.waits["fetch"].ticket)
-        own = segments.waits["memory"]
-        valid, ticket = youngest(m, [(own.valid, own.ticket), self._last_store(m)], self.bits)
-        m.d.comb += [self.waits["memory"].valid.eq(valid), self.waits["memory"].ticket.eq(ticket)]
+        for name, other in (("memory", self._last_store(m)), ("vector", self._last_reduction(m))):
+            own = segments.waits[name]
+            valid, ticket = youngest(m, [(own.valid, own.ticket), other], self.bits)
+            m.d.comb += [self.waits[name].valid.eq(valid), self.waits[name].ticket.eq(ticket)]
         return m
 
     def _segments(self, m: Module, name: str) -> Value:
@@ -223,6 +226,15 @@ class Scoreboard(wiring.Component):
             above = item.last >= index * words
             m.d.comb += mask[index].eq(item.valid & below & above)
         return mask
+
+    def _last_reduction(self, m: Module) -> tuple[Value, Value]:
+        """The reduction that a reduction waits for."""
+        valid, last, live = Signal(name="reduced"), Signal(self.bits, name="reduced_ticket"), Signal()
+        m.d.comb += live.eq(valid & owed(last, self.completed[Domain.VECTOR]))
+        m.d.sync += valid.eq(live)
+        with m.If(self.issue & self.reduces):
+            m.d.sync += [valid.eq(1), last.eq(self.ticket)]
+        return live & self.reduces, last
 
     def _last_store(self, m: Module) -> tuple[Value, Value]:
         """The store that a load from DDR waits for."""

@@ -19,6 +19,7 @@ from cocotb.triggers import Timer
 
 from typebar.hw.control.core import issued_layout
 from typebar.hw.control.tickets import Domain, ticket_bits
+from typebar.hw.ports import CAUSE_BITS
 from typebar.isa.instructions import BY_OPCODE, SCALAR_REGISTERS, Region, Trap
 from typebar.isa.machine import Machine
 from typebar.isa.program import Operand, Program, decode_op, encode, op
@@ -28,8 +29,10 @@ from typebar.isa.timing import (
     SLOAD,
     SSTORE,
     STORE,
+    UNIT_NAMES,
     VMOV,
     VWRITE,
+    Cause,
     blocks_touched,
     element_bytes,
     fetch_slot,
@@ -48,6 +51,8 @@ from typebar.tests.hw.control_programs import REGION_BYTES, random_program
 
 MACHINE = Machine.load("tiny").override(dict(item.split("=") for item in os.environ["TYPEBAR_MACHINE"].split()))
 P = timing_parameters(MACHINE)
+WAITS = ("issue", "store", "fetch", "matrix", "vector", "memory", "ring")
+"""Causes of a unit's idle cycles before a start."""
 LIMIT = 200_000
 """Cycles after which a run is taken for hung."""
 LAYOUTS = {domain: issued_layout(MACHINE, domain) for domain in Domain}
@@ -72,6 +77,9 @@ class Start:
     modifiers: dict[str, int]
     values: list[int]
     ticket: int
+    waited: int
+    """Cause of the unit's idle cycles before it, and their number."""
+    idle: int
 
 
 @dataclass
@@ -170,6 +178,8 @@ class Run:
     starts: list[Start]
     registers: list[int]
     commits: list[tuple[int, int]]
+    causes: dict[str, int]
+    """Cycles of the scalar core by cause."""
     halted: bool
     trap: int
     trap_pc: int
@@ -235,13 +245,14 @@ class Core:
             packed |= self.last[domain] << bits * domain
         return packed
 
-    def _start(self, domain: Domain, cycle: int) -> tuple[Start, int]:
+    def _start(self, domain: Domain, cycle: int, idle: int) -> tuple[Start, int]:
         port = getattr(self.dut, f"{self.names[domain]}__payload")
         item = data.Const(LAYOUTS[domain], int(port.value))
         kind = BY_OPCODE[item["opcode"]]
         values = [item["values"][index] for index in range(len(kind.operands))]
         modifiers = _modifiers(kind, item["modifiers"])
-        return Start(domain, cycle, item["pc"], kind.name, modifiers, values, item["ticket"]), kind.opcode
+        waited = int(self.dut.waited.value) >> CAUSE_BITS * domain & (1 << CAUSE_BITS) - 1
+        return Start(domain, cycle, item["pc"], kind.name, modifiers, values, item["ticket"], waited, idle), kind.opcode
 
     async def run(self, words: bytes, units: Units, devices: int = 1, rank: int = 0, entry: int = 0) -> Run:
         """Load, start, and keep the units' time until the core has stopped and is idle."""
@@ -255,10 +266,13 @@ class Core:
         dut.start.value = 0
         origin, now, reads = -1, 0, {}
         commits: list[tuple[int, int]] = []
+        causes: dict[str, int] = {}
         registers = [0] * SCALAR_REGISTERS
         registers[1:3] = rank, devices
         while True:
             cycle = now - origin if origin >= 0 else -(1 << 20)
+            if origin < 0:
+                causes.clear()
             self.drive("completed", self._completed(units, cycle))
             for domain, name in self.names.items():
                 self.drive(f"{name}__ready", int(cycle >= units.free[domain]))
@@ -274,11 +288,15 @@ class Core:
                 if int(dut.commit_write.value):
                     value = int(dut.commit_value.value)
                     registers[int(dut.commit_register.value)] = value - (value >> 31 << 32)
+            activity = int(dut.activity.value)
+            if activity & 1:
+                cause = Cause(activity >> 1 & (1 << CAUSE_BITS) - 1).name.lower()
+                causes[cause] = causes.get(cause, 0) + 1
             if int(dut.read_enable.value):
                 reads[now + latency - 1] = units.word(int(dut.read_address.value), cycle)
             for domain, name in self.names.items():
                 if int(getattr(dut, f"{name}__valid").value) and cycle >= units.free[domain]:
-                    units.begin(*self._start(domain, cycle))
+                    units.begin(*self._start(domain, cycle, cycle - max(0, units.free[domain])))
             if now > 4 and int(dut.idle.value):
                 break
             assert now < LIMIT, "the core hangs"
@@ -286,7 +304,7 @@ class Core:
             now += 1
         await self.rise()
         codes = [int(port.value) for port in (dut.halted, dut.trap, dut.trap_pc, dut.trap_code)]
-        return Run(units.starts, registers, commits, bool(codes[0]), *codes[1:])
+        return Run(units.starts, registers, commits, causes, bool(codes[0]), *codes[1:])
 
 
 def memories(devices: int) -> list[DeviceMemory]:
@@ -332,6 +350,12 @@ async def random_programs_keep_the_simulators_time(dut: Any) -> None:
             if domain is Domain.FETCH:
                 mine = [(pc, fetch_slot(P, cycle)) for pc, cycle in mine]
             assert mine == starts[domain], f"seed {seed}: {domain.name} starts {_first(mine, starts[domain])}"
+            unit = UNIT_NAMES[FETCH_UNIT if domain is Domain.FETCH else domain + 1]
+            expected = {cause: n for cause, n in result.causes[0][unit].items() if cause in WAITS}
+            assert _waits(run.starts, domain) == expected, f"seed {seed}: waits of {unit}"
+        drained = {"drain": max(result.device_cycles) - result.device_cycles[0]}
+        expected = {cause: n for cause, n in (run.causes | drained).items() if n}
+        assert expected == result.causes[0]["issue"], f"seed {seed}: causes of issue"
         assert run.commits[-1][0] + 1 == result.device_cycles[0], f"seed {seed}: cycles"
         assert len(run.commits) == result.counters[0].instructions, f"seed {seed}: instructions"
         assert run.registers == functional.scalar_registers(0), f"seed {seed}: registers"
@@ -346,6 +370,16 @@ async def random_programs_keep_the_simulators_time(dut: Any) -> None:
     if count >= 20:
         for cause in ("issue:queue", "issue:fence", "issue:branch", "issue:matrix", "memory:fetch", "fetch:store"):
             assert waits.get(cause), f"no program met {cause}: the test shows less than it claims"
+
+
+def _waits(starts: list[Start], domain: Domain) -> dict[str, int]:
+    """Idle cycles of a unit by cause."""
+    found: dict[str, int] = {}
+    for item in starts:
+        if item.domain is domain and item.idle:
+            cause = Cause(item.waited).name.lower()
+            found[cause] = found.get(cause, 0) + item.idle
+    return found
 
 
 def _first(mine: list[Any], theirs: list[Any]) -> str:
@@ -383,7 +417,7 @@ async def every_stop_names_its_instruction(dut: Any) -> None:
         op("trap", code=-77), op("vadd", n=1 << 15), op("vread", a=-1), op("vwrite", dst=MACHINE.vector.words),
         op("beq", to=900), op("load", region=1, n=8), op("load", region=4, n=1, line=400), op("store", region=3),
         op("sstore", region=4, byte=2), op("matmul", region=0, n=8, k=8, outer=1, inner=1, line=1 << 18),
-        op("gather", n=12), op("vmov", b_from=1, b=0, dst=3, n=2),
+        op("gather", n=12), op("vmov", b_from=1, b=0, dst=3, n=2), op("vadd", dst=8, n=12),
     ])).tobytes()  # fmt: skip
     words = [bad[at : at + 64] for at in range(0, len(bad), 64)]
     while len(words) < int(os.environ["TYPEBAR_STOPS"]):
@@ -411,7 +445,16 @@ async def every_stop_names_its_instruction(dut: Any) -> None:
         assert len(run.starts) == sum(item.kind.name == "vwrite" for item in _ops(program)[:executed]), f"word {number}"
         seen.add(Trap(run.trap).name)
     dut._log.info(f"{len(words)} stops: {sorted(seen)}")
-    assert seen >= {"ILLEGAL", "SOFTWARE", "COUNT", "REGISTER_BOUNDS", "PROGRAM_END", "REGION_ACCESS", "REGION_BOUNDS"}
+    assert seen >= {
+        "ILLEGAL",
+        "SOFTWARE",
+        "COUNT",
+        "REGISTER_BOUNDS",
+        "PROGRAM_END",
+        "REGION_ACCESS",
+        "REGION_BOUNDS",
+        "OVERLAP",
+    }
 
 
 def _ops(program: bytes) -> list[Any]:

@@ -7,8 +7,10 @@ VALUE_BASE on are written by `vwrite` and `vmov` alone, so that a bench without 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
-from typebar.isa.instructions import Region
+from typebar.isa.checks import Checker
+from typebar.isa.instructions import Instruction, Region, Trap, Unit
 from typebar.isa.machine import Machine
 from typebar.isa.program import Op, Operand, Program, op
 
@@ -17,8 +19,39 @@ VALUE_BASE, VALUE_WORDS = 1536, 64
 SCALAR_LINES = 4
 """Lines of the IO region that scalar loads and stores use; vector stores use those above."""
 REGION_BYTES = {Region.WEIGHTS: 1 << 16, Region.KV: 1 << 16, Region.PARAMS: 4096, Region.LOCAL: 4096, Region.IO: 16384}
+MOST_DEVICES = 2
 _BASES, _COUNTER, _SCRATCH, _SINKS = range(3, 8), 10, range(12, 18), range(20, 26)
 _VECTOR = ("vadd", "vsub", "vmul", "vmax", "vmov", "vunary", "vsum", "vsumsq", "vrmax", "vargmax")
+
+
+def expected_trap(
+    checker: Checker, kind: Instruction, modifiers: dict[str, int], operands: dict[str, int], devices: int
+) -> Trap:
+    """What `Checker` says of an instruction's modifiers and operand values, by name."""
+    v, name = operands, kind.name
+    if name == "vread":
+        return checker.word(v["a"])
+    if name == "vwrite":
+        return checker.word(v["dst"])
+    if kind.unit is Unit.VECTOR:
+        if name == "vunary":
+            return checker.unary(v["dst"], v["a"], v["n"])
+        if "b_from" not in modifiers:
+            return checker.reduce(v["dst"], v["a"], v["n"], 2 if name == "vargmax" else 1)
+        one, immediate = modifiers["b_from"] == 1, modifiers["b_from"] == 2
+        if name == "vmov":
+            return checker.move(one, immediate, v["dst"], v["b"], v["n"])
+        return checker.binary(one, immediate, v["dst"], v["a"], v["b"], v["n"])
+    if name == "load":
+        return checker.load(modifiers["format"], modifiers["region"], v["dst"], v["line"], v["byte"], v["n"])
+    if name == "store":
+        return checker.store(modifiers["format"], modifiers["region"], *operands.values())
+    if name in ("sload", "sstore"):
+        return checker.scalar(modifiers["region"], v["line"], v["byte"], name == "sstore")
+    if name == "gather":
+        return checker.gather(v["dst"], v["a"], v["n"], devices)
+    fields = ("format", "region", "full", "patch", "scaling", "add_bias", "row_max")
+    return checker.matmul(*(modifiers[field] for field in fields), list(operands.values()))
 
 
 class _Author:
@@ -27,10 +60,35 @@ class _Author:
     def __init__(self, seed: int, machine: Machine) -> None:
         self.random = random.Random(seed)
         self.machine = machine
+        self.checker = Checker(machine, [REGION_BYTES[region] for region in Region])
+        self.bases: dict[int, int] = {}
         self.ops: list[Op] = []
 
     def add(self, name: str, **values: int | Operand) -> None:
         self.ops.append(op(name, **values))
+
+    def overlap(self, made: Op) -> bool:
+        """Whether the instruction's result overlaps an operand."""
+        if made.kind.unit not in (Unit.VECTOR, Unit.MATRIX, Unit.RING):
+            return False
+        modifiers, operands = {}, {}
+        for item in made.kind.fields:
+            value = made.get(item.name)
+            if isinstance(value, Operand):
+                operands[item.name] = self.bases.get(value.register, 0) + value.immediate
+            else:
+                modifiers[item.name] = int(value)
+        return expected_trap(self.checker, made.kind, modifiers, operands, MOST_DEVICES) is Trap.OVERLAP
+
+    def apart(self, write: Callable[[], None], tries: int = 100) -> bool:
+        """Write instructions again until none overlaps; none is left, and the result false, if that takes too long."""
+        before = len(self.ops)
+        for _ in range(tries):
+            write()
+            if not any(self.overlap(made) for made in self.ops[before:]):
+                return True
+            del self.ops[before:]
+        return False
 
     def base(self) -> Operand:
         """A vector address below 640, sometimes through a register."""
@@ -107,20 +165,23 @@ class _Author:
 
     def matmul(self) -> None:
         rows, align = self.random.choice([(1, 1), (1, 1), (1, 2), (3, 2), (0, 2)]), self.machine.vector.align
-        k, n = self.random.choice([0, 1, 8, 40, 100]), self.random.choice([0, 1, 9, 64, 90])
-        kv = self.random.random() < 0.5
-        line = self.machine.row_lines * self.random.randrange(60)
-        stride, dst = align * self.random.choice([1, 3, 13]), self.base()
-        self.add(
-            "matmul", format=self.random.randrange(4), region=int(Region.KV if kv else Region.WEIGHTS),
-            full=self.random.randrange(2), accumulate=self.random.randrange(2), patch=self.random.randrange(3),
-            scaling=self.random.randrange(3), add_bias=self.random.randrange(2), row_max=self.random.randrange(2),
-            dst=dst, src=self.base(), k=k, n=n, line=line, outer=rows[0], inner=rows[1],
-            src_outer=stride, src_inner=stride, dst_outer=stride, dst_inner=stride, scale=self.base(),
-            bias=self.base(), hi=n, maximum=self.base(), patch_src=self.base(), patch_at=self.random.randrange(9),
-        )  # fmt: skip
-        if self.random.random() < 0.3:
-            self.add("vread", rd=0, a=dst)
+        k, n = self.random.choice([1, 8, 40, 100]), self.random.choice([0, 1, 9, 64, 90])
+        values = {name: self.random.randrange(2) for name in ("full", "accumulate", "add_bias", "row_max")}
+        values |= {"format": self.random.randrange(4), "region": int(self.random.choice([Region.KV, Region.WEIGHTS]))}
+        values |= {name: self.random.randrange(3) for name in ("patch", "scaling")}
+        values |= {"k": k, "n": n, "hi": n, "outer": rows[0], "inner": rows[1], "patch_at": self.random.randrange(9)}
+        values["line"] = self.machine.row_lines * self.random.randrange(60)
+        # Rows of n words lie apart; inner ones within an outer one's stride.
+        step = align * (-(-max(n, 1) // align) + self.random.choice([0, 0, 2]))
+        values |= {"dst_inner": step, "dst_outer": step * rows[1]}
+        values |= {name: align * self.random.choice([1, 3, 13]) for name in ("src_inner", "src_outer")}
+
+        def write() -> None:
+            bases = {name: self.base() for name in ("dst", "src", "scale", "bias", "maximum", "patch_src")}
+            self.add("matmul", **values, **bases)
+
+        if self.apart(write) and self.random.random() < 0.3:
+            self.add("vread", rd=0, a=self.ops[-1].get("dst"))
 
     def cache(self) -> None:
         """A store to rows that a matmul near it fetches, before or after it."""
@@ -129,19 +190,28 @@ class _Author:
             if turn:
                 self.add("store", region=int(Region.KV), a=self.base(), line=line, outer=1, inner=8, inner_bytes=2)
             else:
-                vectors = {"outer": 1, "inner": self.random.choice([1, 2])}
-                self.add("matmul", region=int(Region.KV), dst=self.base(), src=self.base(), k=100, n=64, **vectors)
+                inner = self.random.choice([1, 2])
+                self.apart(lambda inner=inner: self.product(line, inner))
+
+    def product(self, line: int, inner: int) -> None:
+        values = {"k": 100, "n": 64, "line": line, "outer": 1, "inner": inner, "dst_inner": 64}
+        self.add("matmul", region=int(Region.KV), dst=self.base(), src=self.base(), **values)
 
     def gather(self) -> None:
-        self.add("gather", dst=self.base(), a=self.base(), n=8 * self.random.randrange(20))
+        self.add("gather", dst=self.base(), a=self.base(), n=self.machine.vector.align * self.random.randrange(20))
 
     def item(self) -> None:
         choice = self.random.random()
-        limits = (
-            (0.2, self.scalar), (0.4, self.value), (0.65, self.vector), (0.8, self.memory), (0.92, self.matmul),
+        limits: tuple[tuple[float, Callable[[], object]], ...] = (
+            (0.2, self.scalar),
+            (0.4, self.value),
+            (0.65, lambda: self.apart(self.vector)),
+            (0.8, self.memory),
+            (0.92, self.matmul),
             (0.96, self.cache),
-        )  # fmt: skip
-        next((write for limit, write in limits if choice < limit), self.gather)()
+            (1.0, lambda: self.apart(self.gather)),
+        )
+        next(write for limit, write in limits if choice < limit)()
         if self.random.random() < 0.04:
             self.add("fence")
         if self.random.random() < 0.12:
@@ -152,10 +222,10 @@ class _Author:
                 self.add("sadd", rd=self.random.choice(_SCRATCH), a=self.scratch(), b=self.scratch())
 
     def write(self, items: int) -> Program:
-        self.add("sli", rd=3, value=8 * self.random.randrange(33))
         for register in (*_BASES, *_SCRATCH, *_SINKS):
             if register in _BASES:
-                self.add("sli", rd=register, value=8 * self.random.randrange(33))
+                self.bases[register] = self.machine.vector.align * self.random.randrange(33)
+                self.add("sli", rd=register, value=self.bases[register])
             else:
                 self.add("sli", rd=register, value=self.random.randint(-200, 200))
         for _ in range(2):
