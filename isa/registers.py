@@ -1,7 +1,7 @@
 """The control block: registers as the host reads them through a device, and their byte addresses on the card's bus.
 
-The bus is AXI-Lite, 32 bits wide. Values of 64 bits lie at an address and the one 4 bytes on, low word first. Addresses
-that are not named here read as 0; writes to them and to what can only be read do nothing.
+The bus is AXI-Lite, 32 bits wide; only whole words are written. Values of 64 bits lie at an address and the one 4 bytes
+on, low word first. Addresses that are not named here read as 0; writes to them and to what can only be read do nothing.
 """
 
 from __future__ import annotations
