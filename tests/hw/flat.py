@@ -1,12 +1,18 @@
-"""A component with all its interfaces' members as plain ports, for test loops that take no names with `__`."""
+"""Designs as the test loops want them: plain ports without `__` in their names, and copies that share their code."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from amaranth.hdl import Module, Shape
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In
+
+from typebar.hw.replicate import Shared
+
+_HEADER = re.compile(r"^module [^;]*\);$", re.MULTILINE)
 
 
 class Flat(wiring.Component):
@@ -32,3 +38,8 @@ class Flat(wiring.Component):
             plain = value.as_value() if hasattr(value, "as_value") else value
             m.d.comb += plain.eq(port) if member.flow is In else port.eq(plain)
         return m
+
+
+def shared_text(shared: Iterable[Shared]) -> str:
+    """The modules' Verilog for Verilator, which is to compile each once instead of once for every copy."""
+    return "\n".join(_HEADER.sub(r"\g<0> /*verilator no_inline_module*/", item.verilog) for item in shared)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from typebar.hw.ports import READ_CYCLES, WRITE_CYCLES, file_rows
 from typebar.hw.registers import READERS, WRITERS, RegisterFile
 from typebar.isa.machine import Machine
-from typebar.tests.hw.flat import Flat
+from typebar.tests.hw.flat import Flat, shared_text
 from typebar.tests.hw.native import NativeModel
 
 U32Array = NDArray[np.uint32]
@@ -30,8 +30,8 @@ def model(machine: Machine, folder: Path) -> NativeModel:
     """The register file with every port at the top; reset is never asserted."""
     design = RegisterFile(machine)
     flat = Flat(design)
-    texts = [*(shared.verilog for shared in design.shared), verilog.convert(flat, name="bench", emit_src=False)]
-    return NativeModel("\n".join(texts), {"rst": 1, **flat.inputs}, flat.outputs, folder)
+    text = shared_text(design.shared) + verilog.convert(flat, name="bench", emit_src=False)
+    return NativeModel(text, {"rst": 1, **flat.inputs}, flat.outputs, folder)
 
 
 @pytest.fixture(scope="module", params=MACHINES)
