@@ -4,7 +4,9 @@ Ports: `ap_clk`, `ap_rst_n` (low resets); `s_axi_control_*`, the AXI4-Lite slave
 `m_axi_hbm00_*` and on, an AXI4 master for each HBM channel, and `m_axi_ddr_*`; streams to and from the ring's
 neighbours: `axis_cw_out_*` sends clockwise (to device d + 1), `axis_cw_in_*` receives what the neighbour on the other
 side (d - 1) sends clockwise, `axis_ccw_*` likewise anticlockwise. A beat's `tdata` is one row of the register file,
-`tuser` the gather's number (bits 0 to 7) and the block's length in words (bits 8 on); `tlast` ends a block.
+`tuser` the gather's number (bits 0 to 7) and the block's length in words (bits 8 on); `tlast` ends a block. Each
+direction has credits beside it: a cycle with `axis_cw_in_credit` tells the sender on the other end, a link's latency
+later, in a cycle with its `axis_cw_out_credit`, that a row's place is free.
 
 Masters ask for single beats, in order, without IDs, with full-width data; byte strobes say what a write changes.
 """
@@ -61,7 +63,8 @@ def link_ports(name: str, row_bits: int) -> dict[str, wiring.Member]:
     for side, away in (("out", Out), ("in", In)):
         widths = {"tdata": row_bits, "tuser": USER_BITS, "tlast": 1, "tvalid": 1}
         ports |= {f"{name}_{side}_{field}": away(width) for field, width in widths.items()}
-        ports[f"{name}_{side}_tready"] = In(1) if away is Out else Out(1)
+        back = In if away is Out else Out
+        ports |= {f"{name}_{side}_tready": back(1), f"{name}_{side}_credit": back(1)}
     return ports
 
 
