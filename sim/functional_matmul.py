@@ -1,7 +1,7 @@
 """The functional simulator's matrix instruction: operands, the matrix kernel, and the epilogue step by step.
 
-All rows are computed from the registers as they were; then the results are written, row by row in ascending
-order, and last the row maxima, so overlapping rows have a defined outcome.
+All rows are computed from the registers as they were; then the results are written, and the row maxima. The checks
+keep operands and results apart.
 """
 
 from __future__ import annotations
@@ -73,8 +73,6 @@ def _rows(
     vector: NDArray[np.float32], base: int, length: int, outer: int, inner: int, outer_step: int, inner_step: int
 ) -> NDArray[np.float32]:
     """Register words as a matrix [outer * inner, length]; it may alias the registers."""
-    if length == 0:
-        return np.empty((outer * inner, 0), np.float32)  # a base without words may lie anywhere
     if outer * inner == 1:
         return vector[base : base + length].reshape(1, length)
     shape, steps = (outer, inner, length), (outer_step, inner_step, 1)
@@ -94,16 +92,16 @@ def _epilogue(
     maxima = np.empty(len(result), np.float32) if how.row_max else None
     for index, row in enumerate(result):
         values = row
-        if n and how.scaling != Scale.NONE:
+        if how.scaling != Scale.NONE:
             values = kernels.mul(values, scale)
-        if n and how.add_bias:
+        if how.add_bias:
             values = kernels.add(values, bias)
         if how.masked:
             shift = how.mask_outer * (index // inner) + how.mask_inner * (index % inner)
             first = min(max(lo + shift, 0), n)
             values[:first] = _MASKED
             values[max(min(hi + shift, n), first) :] = _MASKED
-        if n and how.function is not None:
+        if how.function is not None:
             values = kernels.unary(how.function, values)
         row[:] = values
         if maxima is not None:
@@ -136,7 +134,7 @@ class MatmulBuilder:
                 raise state.stop(trap)
             dst, src, k, n, line, outer, inner, src_outer, src_inner, dst_outer, dst_inner = operands[:11]
             rows = outer * inner
-            if rows == 0:
+            if rows == 0 or n == 0:
                 return following
             x = _rows(vector, src, k, outer, inner, src_outer, src_inner)
             start = _rows(vector, dst, n, outer, inner, dst_outer, dst_inner) if how.accumulate else None

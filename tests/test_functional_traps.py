@@ -61,6 +61,7 @@ MISALIGNED: list[tuple[str, dict[str, int]]] = [
     ("vunary", {"dst": 2, "n": 8}),
     ("vsumsq", {"a": 2, "n": 8}),
     ("vargmax", {"a": 2, "n": 8}),
+    ("vargmax", {"dst": 1003, "n": 8}),
     ("load", {"region": Region.IO, "dst": 3, "n": 2}),
     ("load", {"region": Region.IO, "byte": 1}),
     ("load", {"region": Region.IO, "byte": 2, "format": 3}),
@@ -100,7 +101,10 @@ COUNT: list[tuple[str, dict[str, int]]] = [
         ("matmul", {**MATMUL, name: -8})
         for name in ("k", "n", "outer", "inner", "src_outer", "src_inner", "dst_outer", "dst_inner")
     ],
+    ("matmul", {**MATMUL, "k": 0}),
     ("matmul", {**MATMUL, "k": 65537}),
+    ("matmul", {**MATMUL, "outer": 3, "inner": 3}),
+    ("matmul", {**MATMUL, "outer": TINY.matrix.vectors + 1}),
     ("matmul", {**MATMUL, "n": WORDS + 1}),
     ("matmul", {**MATMUL, "outer": 256, "inner": 256}),
     ("matmul", {**MATMUL, "src_inner": WORDS + 8}),
@@ -117,8 +121,8 @@ REGION_ACCESS: list[tuple[str, dict[str, int]]] = [
     ("sstore", {"region": Region.KV}),
     ("sstore", {"region": Region.PARAMS}),
     ("sstore", {"region": Region.LOCAL}),
-    ("matmul", {"region": Region.PARAMS}),
-    ("matmul", {"region": Region.IO}),
+    ("matmul", {"region": Region.PARAMS, "k": 1}),
+    ("matmul", {"region": Region.IO, "k": 1}),
 ]
 REGION_BOUNDS: list[tuple[str, dict[str, int]]] = [
     ("load", {"region": Region.IO, "line": LINES, "n": 1}),
@@ -136,12 +140,38 @@ REGION_BOUNDS: list[tuple[str, dict[str, int]]] = [
     ("matmul", {**MATMUL, "line": -1}),
     ("matmul", {**MATMUL, "line": LINES}),
 ]
+OVERLAP: list[tuple[str, dict[str, int]]] = [
+    ("vadd", {"dst": 8, "a": 0, "b": 64, "n": 16}),
+    ("vsub", {"dst": 0, "a": 64, "b": 8, "n": 9}),
+    ("vmul", {"dst": 0, "a": 8, "n": 16, "b_from": 1}),
+    ("vmax", {"dst": 8, "a": 0, "n": 16, "b_from": 2}),
+    ("vmov", {"dst": 8, "b": 0, "n": 9}),
+    ("vunary", {"dst": 0, "a": 8, "n": 16}),
+    ("gather", {"dst": 8, "a": 0, "n": 16}),
+    ("gather", {"dst": 0, "a": 0, "n": 8}),
+    ("matmul", {**MATMUL, "dst": 64}),
+    ("matmul", {**MATMUL, "dst": 72}),
+    ("matmul", {**MATMUL, "dst": 56}),
+    ("matmul", {**MATMUL, "scale": 1039, "scaling": Scale.WORD}),
+    ("matmul", {**MATMUL, "scale": 1032, "scaling": Scale.COLUMN}),
+    ("matmul", {**MATMUL, "bias": 1024, "add_bias": 1}),
+    ("matmul", {**MATMUL, "maximum": 1023, "row_max": 1}),
+    ("matmul", {**MATMUL, "patch_src": 1032, "patch": Patch.COLUMN}),
+    ("matmul", {**MATMUL, "patch_src": 1024, "patch": Patch.LANE}),
+    ("matmul", {**MATMUL, "dst_outer": 0}),
+    ("matmul", {**MATMUL, "n": 9}),
+    ("matmul", {**MATMUL, "outer": 1, "inner": 2}),
+    ("matmul", {**MATMUL, "inner": 2, "dst_inner": 8}),
+    ("matmul", {**MATMUL, "inner": 3, "dst_outer": 16, "dst_inner": 8}),
+    ("matmul", {**MATMUL, "dst_outer": 32, "bias": 1032, "add_bias": 1}),  # between the rows
+]
 CASES = [
     *[(Trap.REGISTER_BOUNDS, *case) for case in REGISTER_BOUNDS],
     *[(Trap.MISALIGNED, *case) for case in MISALIGNED],
     *[(Trap.COUNT, *case) for case in COUNT],
     *[(Trap.REGION_ACCESS, *case) for case in REGION_ACCESS],
     *[(Trap.REGION_BOUNDS, *case) for case in REGION_BOUNDS],
+    *[(Trap.OVERLAP, *case) for case in OVERLAP],
 ]
 
 
@@ -183,7 +213,7 @@ def test_operand_traps(trap: Trap, name: str, values: dict[str, int]) -> None:
         ("vunary", {"n": WORDS}),
         ("vargmax", {"dst": WORDS - 2, "a": WORDS - 8, "n": 8}),
         ("vread", {"a": WORDS - 1}),
-        ("gather", {"n": TINY.ring.buffer_words}),
+        ("gather", {"n": TINY.ring.buffer_words, "a": TINY.ring.buffer_words}),
         ("gather", {"dst": -1, "a": -1, "n": 0}),
         ("load", {"region": Region.IO, "line": LINES - 1, "n": 32}),
         ("load", {"region": Region.IO, "line": LINES, "byte": -2, "n": 1}),
@@ -195,9 +225,17 @@ def test_operand_traps(trap: Trap, name: str, values: dict[str, int]) -> None:
         ("store", {"region": Region.KV, "line": -1, "outer": 0, "inner": 5}),
         ("sload", {"region": Region.IO, "byte": REGION_BYTES - 4}),
         ("matmul", {**MATMUL, "line": LINES - 2}),
-        ("matmul", {**MATMUL, "k": 0, "src": -1, "line": -1}),
+        ("matmul", {**MATMUL, "n": 0, "dst": -1, "line": -1}),
+        ("matmul", {**MATMUL, "n": 0, "dst": 64, "bias": 64, "add_bias": 1}),
+        ("matmul", {**MATMUL, "outer": TINY.matrix.vectors}),
+        ("matmul", {**MATMUL, "inner": 2, "dst_outer": 8, "dst_inner": 16}),
+        ("matmul", {**MATMUL, "inner": 2, "dst_outer": 16, "dst_inner": 8, "accumulate": 1}),
+        ("matmul", {**MATMUL, "dst_outer": 32, "maximum": 1064, "row_max": 1, "bias": 1072, "add_bias": 1}),
+        ("vadd", {"dst": 8, "a": 8, "b": 11, "n": 16, "b_from": 1}),
+        ("vadd", {"dst": 16, "a": 0, "b": 16, "n": 16}),
+        ("vmov", {"dst": 16, "b": 0, "n": 16}),
         ("matmul", {**MATMUL, "outer": 0, "dst": -1, "src": -1, "line": LINES + 100}),
-        ("matmul", {**MATMUL, "src": WORDS - 8, "src_outer": 0, "dst": WORDS - 16}),
+        ("matmul", {**MATMUL, "src": WORDS - 8, "src_outer": 0, "dst": WORDS - 24}),
         (
             "matmul",
             {
@@ -249,7 +287,7 @@ def test_matmul_starts_on_a_memory_row_and_fetches_whole_rows(line: int, trap: T
 
 
 @given(
-    k=st.integers(0, 40),
+    k=st.integers(1, 40),
     n=st.integers(0, 150),
     full=st.booleans(),
     size=st.sampled_from([0, 2, 3]),
@@ -264,6 +302,47 @@ def test_a_packed_matrix_is_exactly_inside_its_own_bytes(k: int, n: int, full: b
     if stored and not full:
         tight = Checker(WIDE, [256 * line + stored - 1] * len(Region))
         assert tight.matmul(size, Region.KV, full, 0, 0, 0, 0, operands) == Trap.REGION_BOUNDS
+
+
+@given(
+    counts=st.tuples(st.integers(1, 3), st.integers(1, 2)),
+    strides=st.tuples(*[st.sampled_from([0, 8, 16, 24, 32, 48])] * 4),
+    places=st.tuples(*[st.integers(0, 24)] * 4),
+    k=st.integers(1, 24),
+    n=st.integers(1, 24),
+    choice=st.tuples(st.sampled_from(list(Patch)), st.sampled_from(list(Scale)), st.booleans(), st.booleans()),
+)
+@settings(deadline=None, max_examples=300)
+def test_what_passes_the_overlap_check_writes_no_word_twice_and_none_that_it_reads(
+    counts: tuple[int, int],
+    strides: tuple[int, int, int, int],
+    places: tuple[int, int, int, int],
+    k: int,
+    n: int,
+    choice: tuple[Patch, Scale, bool, bool],
+) -> None:
+    (outer, inner), (src_outer, src_inner, dst_outer, dst_inner) = counts, strides
+    scale, bias, maximum, patch_src = (8 * place for place in places)
+    patch, scaling, add_bias, row_max = choice
+    operands = (64, 128, k, n, 0, outer, inner, *strides, scale, bias, 0, 0, maximum, patch_src, 0)
+    verdict = Checker(TINY, [REGION_BYTES] * 5).matmul(0, 0, 0, patch, scaling, add_bias, row_max, operands)
+    written, read = [], set()
+    for o in range(outer):
+        for i in range(inner):
+            written += range(64 + o * dst_outer + i * dst_inner, 64 + o * dst_outer + i * dst_inner + n)
+            read |= set(range(128 + o * src_outer + i * src_inner, 128 + o * src_outer + i * src_inner + k))
+    written += range(maximum, maximum + outer * inner * row_max)
+    read |= set(range(scale, scale + {Scale.NONE: 0, Scale.WORD: 1, Scale.COLUMN: n}[scaling]))
+    read |= set(range(bias, bias + n * add_bias))
+    read |= set(range(patch_src, patch_src + {Patch.NONE: 0, Patch.COLUMN: k, Patch.LANE: n}[patch]))
+    results = set(written[: outer * inner * n])
+    assert verdict in (Trap.NONE, Trap.OVERLAP)
+    if verdict is Trap.NONE:
+        assert len(set(written)) == len(written)
+        assert not results & read
+    elif len(set(written)) == len(written):  # refused: its range meets an operand, or its rows interleave
+        first, last = min(results), max(results)
+        assert read & set(range(first, last + 1)) or row_max or outer * inner > 1
 
 
 def test_unbound_regions_hold_nothing() -> None:
@@ -414,22 +493,23 @@ def test_gather_joins_blocks_in_rank_order_bit_for_bit(devices: int) -> None:
         assert np.array_equal(simulator.vector_registers(rank)[64:80].view(np.uint32), blocks[rank])
 
 
-def test_gather_over_its_own_source() -> None:
-    simulator = FunctionalSimulator(assemble("gather dst=64 a=72 n=8\nhalt"), TINY, 3, [DeviceMemory()] * 3, seed=4)
-    blocks = [simulator.vector_registers(rank)[72:80].view(np.uint32).copy() for rank in range(3)]
-    simulator.run()
-    for rank in range(3):
-        got = simulator.vector_registers(rank)[64:88].view(np.uint32)
-        assert np.array_equal(got, np.concatenate(blocks))
+def test_gather_next_to_its_source() -> None:
+    checker = Checker(TINY, [0] * 5)
+    assert [checker.gather(64, a, 8, 3) for a in (56, 64, 80, 88)] == [
+        Trap.NONE,
+        Trap.OVERLAP,
+        Trap.OVERLAP,
+        Trap.NONE,
+    ]
 
 
 @pytest.mark.parametrize(
     ("text", "device", "pc"),
     [
-        ("bne to=end a=r1 b=0\ngather n=8\nend:\nhalt", 1, 2),  # device 1 halts
-        ("beq to=end a=r1 b=0\ngather n=8\nend:\nhalt", 0, 2),  # device 0 halts
-        ("sshl rd=r4 a=8 b=r1\ngather n=r4\nhalt", 1, 1),  # lengths 8 and 16
-        ("gather n=8\nbne to=end a=r1 b=2\ngather n=8\nend:\nhalt", 2, 2),  # device 2 gathers twice
+        ("bne to=end a=r1 b=0\ngather a=256 n=8\nend:\nhalt", 1, 2),  # device 1 halts
+        ("beq to=end a=r1 b=0\ngather a=256 n=8\nend:\nhalt", 0, 2),  # device 0 halts
+        ("sshl rd=r4 a=8 b=r1\ngather a=256 n=r4\nhalt", 1, 1),  # lengths 8 and 16
+        ("gather a=256 n=8\nbne to=end a=r1 b=2\ngather a=256 n=8\nend:\nhalt", 2, 2),  # device 2 gathers twice
     ],
 )
 def test_ring_mismatch(text: str, device: int, pc: int) -> None:
@@ -464,7 +544,7 @@ def test_a_lost_device_stays_lost() -> None:
 
 
 def test_a_rule_loses_one_device() -> None:
-    simulator = FunctionalSimulator(assemble("gather n=8\nfence\nhalt"), TINY, 3, [DeviceMemory()] * 3)
+    simulator = FunctionalSimulator(assemble("gather a=256 n=8\nfence\nhalt"), TINY, 3, [DeviceMemory()] * 3)
     simulator.fail_after(lambda device, executed: device == 2 and executed >= 4)
     simulator.run()
     with pytest.raises(DeviceTrap) as caught:
@@ -474,6 +554,6 @@ def test_a_rule_loses_one_device() -> None:
 
 def test_machines_differ_in_limits() -> None:
     small = TINY.override({"ring.buffer_words": "16"})
-    assert Checker(small, [0] * 5).gather(0, 0, 24, 1) is Trap.COUNT
-    assert Checker(TINY, [0] * 5).gather(0, 0, 24, 1) is Trap.NONE
-    assert Checker(Machine.load("u280"), [0] * 5).gather(0, 0, 24, 1) is Trap.MISALIGNED
+    assert Checker(small, [0] * 5).gather(0, 64, 24, 1) is Trap.COUNT
+    assert Checker(TINY, [0] * 5).gather(0, 64, 24, 1) is Trap.NONE
+    assert Checker(Machine.load("u280"), [0] * 5).gather(0, 64, 24, 1) is Trap.MISALIGNED
