@@ -38,6 +38,8 @@ LEAST_LATENCY = REQUEST_CYCLES + 1 + ARRIVAL_CYCLES
 FIFO_READ_CYCLES = 2
 """From the cycle in which a `place` is presented to the one in which its rows are there."""
 ARRIVED_BITS = 16
+_BLOCK_RAM_DEPTH = 512
+"""Rows that a block RAM holds at its full width; a deeper FIFO is better kept in UltraRAM."""
 _SIZES = tuple(sorted(set(FORMAT_BYTES.values())))
 
 
@@ -66,16 +68,20 @@ class FetchLane(wiring.Component):
     """One HBM channel's share: its AR handshake, and its part of every row in the FIFO.
 
     `ask` presents AR from the next cycle on; `taken` if none waits, or it is taken in this cycle. `present` if the
-    channel has delivered more rows than `advance` has counted. Rows lie in `port_rows` banks by their number modulo
-    `port_rows`; `address` is each bank's, `first` the bank of the first row of `data`, FIFO_READ_CYCLES later.
-    `error` in the cycle after a bad response.
+    channel has delivered more rows than `advance` has counted (`ahead` of them). Rows lie in `banks` by their number
+    modulo the number of banks; `address` has each bank's, `first` is the bank of the first row of `data`,
+    FIFO_READ_CYCLES later. `error` in the cycle after a bad response. `memories`, `bank`, `place`, `valid` and `word`
+    are the state, for proofs.
     """
 
-    def __init__(self, machine: Machine) -> None:
-        """Take the FIFO's size and a channel's width."""
-        self.banks, self.bits = port_rows(machine), 8 * machine.hbm.channel_bytes
-        self.rows = machine.fifo_rows
-        self.depth = self.rows // self.banks
+    def __init__(self, rows: int, banks: int, bits: int) -> None:
+        """A FIFO of `rows`, a multiple of `banks` (a power of two), of `bits` of this channel."""
+        self.rows, self.banks, self.bits, self.depth = rows, banks, bits, rows // banks
+        attributes = {"ram_style": "ultra"} if self.depth > _BLOCK_RAM_DEPTH else {}
+        self.memories = [Memory(shape=bits, depth=self.depth, init=[], attrs=attributes) for _ in range(banks)]
+        self.ahead = Signal(range(rows + 1))
+        self.bank, self.place = Signal(range(max(2, banks))), Signal(range(max(2, self.depth)))
+        self.valid, self.word = Signal(), Signal(bits)
         super().__init__(
             {
                 "ask": In(1),
@@ -83,49 +89,44 @@ class FetchLane(wiring.Component):
                 "ar_valid": Out(1),
                 "ar_ready": In(1),
                 "r_valid": In(1),
-                "r_data": In(self.bits),
+                "r_data": In(bits),
                 "r_resp": In(2),
                 "error": Out(1),
                 "present": Out(1),
                 "advance": In(1),
-                "address": In(data.ArrayLayout(range(max(2, self.depth)), self.banks)),
-                "first": In(range(max(2, self.banks))),
-                "data": Out(data.ArrayLayout(self.bits, self.banks)),
+                "address": In(len(self.place) * banks),
+                "first": In(range(max(2, banks))),
+                "data": Out(bits * banks),
             }
         )
 
     def elaborate(self, platform: object) -> Module:
         """R goes through a register into the bank whose turn it is."""
         m = Module()
-        m.d.comb += self.taken.eq(~self.ar_valid | self.ar_ready)
-        m.d.sync += self.ar_valid.eq(self.ask | ~self.taken)
-        ahead, valid, word = Signal(range(self.rows + 1)), Signal(), Signal(self.bits)
-        bank, place = Signal(range(max(2, self.banks))), Signal(range(max(2, self.depth)))
-        m.d.comb += self.present.eq(ahead != 0)
+        bank, place = self.bank, self.place
+        m.d.comb += [self.taken.eq(~self.ar_valid | self.ar_ready), self.present.eq(self.ahead != 0)]
         m.d.sync += [
-            ahead.eq(ahead + self.r_valid - self.advance),
-            valid.eq(self.r_valid),
-            word.eq(self.r_data),
+            self.ar_valid.eq(self.ask | ~self.taken),
+            self.ahead.eq(self.ahead + self.r_valid - self.advance),
+            self.valid.eq(self.r_valid),
+            self.word.eq(self.r_data),
             self.error.eq(self.r_valid & (self.r_resp != 0)),
         ]
-        with m.If(valid):
+        with m.If(self.valid):
             m.d.sync += bank.eq(Mux(bank == self.banks - 1, 0, bank + 1))
             with m.If(bank == self.banks - 1):
                 m.d.sync += place.eq(Mux(place == self.depth - 1, 0, place + 1))
-        read = []
-        for index in range(self.banks):
-            attributes = {"ram_style": "ultra"} if self.depth > 512 else {}
-            memory = Memory(shape=self.bits, depth=self.depth, init=[], attrs=attributes)
+        read, first = [], Signal.like(self.first)
+        for index, memory in enumerate(self.memories):
             m.submodules[f"bank_{index}"] = memory
             write, port = memory.write_port(), memory.read_port()
             m.d.comb += [
                 write.addr.eq(place),
-                write.data.eq(word),
-                write.en.eq(valid & (bank == index)),
-                port.addr.eq(self.address[index]),
+                write.data.eq(self.word),
+                write.en.eq(self.valid & (bank == index)),
+                port.addr.eq(self.address.word_select(index, len(place))),
             ]
             read.append(port.data)
-        first = Signal.like(self.first)
         m.d.sync += first.eq(self.first)
         turned = Cat(read)
         for bit in range(self.banks.bit_length() - 1):
@@ -168,7 +169,7 @@ class FetchEngine(wiring.Component):
     2^ARRIVED_BITS. `freed`: rows consumed, in the last cycle of the step that consumed them. `place`: the number,
     modulo `fifo_rows`, of the first of the `port_rows` rows that `data` gives FIFO_READ_CYCLES later; the place after
     the last is 0. `fetched`: a row of this region has been requested in this cycle. `pc`: of the latest fetch half.
-    `error`: a channel answered with an error.
+    `error`: a channel answered with an error. `places` and `freed_before` are the credits, for proofs.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -183,8 +184,10 @@ class FetchEngine(wiring.Component):
                 f" set it to {LEAST_LATENCY} or more"
             )
         self.machine = machine
-        self.lane = Shared("fetch_lane", FetchLane(machine))
         hbm, rows = machine.hbm, machine.fifo_rows
+        self.lane = Shared("fetch_lane", FetchLane(rows, port_rows(machine), 8 * hbm.channel_bytes))
+        self.places = Signal(range(rows + 1), init=rows)
+        self.freed_before = Signal(range(most_freed(machine) + 1))
         channel = axi_read(hbm_address_bits(machine), hbm.channel_bytes)
         super().__init__(
             {
@@ -208,7 +211,7 @@ class FetchEngine(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         """The cursor, the credits, and a lane for each channel."""
         self._m = m = Module()
-        self._lanes = [self.lane.replica() for _ in range(self.machine.hbm.channels)]
+        self._lanes = [self.new_lane() for _ in range(self.machine.hbm.channels)]
         for index, lane in enumerate(self._lanes):
             m.submodules[f"lane_{index}"] = lane
         self._asked, taken = Signal(), Signal()
@@ -217,6 +220,10 @@ class FetchEngine(wiring.Component):
         self._channels()
         self._read()
         return m
+
+    def new_lane(self) -> Any:
+        """One channel's lane: a cell of the shared module (proofs take the component itself)."""
+        return self.lane.replica()
 
     # Requests ------------------------------------------------------------------------------------------
     def _requests(self, taken: Value) -> None:
@@ -321,10 +328,9 @@ class FetchEngine(wiring.Component):
 
     def _credit(self) -> Value:
         """Whether a place is free: a row freed in cycle c counts from c + 2 on."""
-        m, rows = self._m, self.machine.fifo_rows
-        places, freed = Signal(range(rows + 1), init=rows), Signal.like(self.freed)
-        m.d.sync += [freed.eq(self.freed), places.eq(places + freed - self._asked)]
-        return places != 0
+        freed = self.freed_before
+        self._m.d.sync += [freed.eq(self.freed), self.places.eq(self.places + freed - self._asked)]
+        return self.places != 0
 
     def _finish(self, cursor: data.View[Any], last: Value, taken: Value) -> None:
         """An instruction's ticket, as soon as all channels have its last row's request."""
