@@ -70,7 +70,7 @@ class LanePair(wiring.Component):
         m = Module()
         m.submodules.unary = unary = UnaryEvaluator(self.latency, LANES)
         m.d.comb += [unary.select.eq(self.function), unary.x.eq(self.x)]
-        nans = []
+        nans: list[Value] = []
         for lane in range(LANES):
             bits = slice(32 * lane, 32 * lane + 32)
             x, y = self.x[bits], self.y[bits]

@@ -34,7 +34,8 @@ from typebar.isa.machine import Machine, MachineError
 from typebar.isa.timing import OP, VARGMAX, VSUM, VSUMSQ, Cause
 
 PIPELINE_CYCLES = 5
-"""Latency beside the lanes': reading (its first cycle is the address's), operands, results, and writing less one."""
+"""Latency beside the lanes': two cycles of reading, one each to choose operands and results, and the write's second
+(WRITE_CYCLES less the one by which a dependent instruction's address comes after its start)."""
 LEAST_LATENCY = PIPELINE_CYCLES + 2
 """The unary functions take two cycles at least."""
 ELEMENTWISE = [item for item in BY_NAME.values() if item.unit is Unit.VECTOR and item.opcode < VSUM]
@@ -46,15 +47,14 @@ CHOICES = {"vadd": Choice.SUM, "vsub": Choice.SUM, "vmax": Choice.MAXIMUM, "vuna
 class VectorUnit(wiring.Component):
     """The vector unit of a machine.
 
-    `issued`: a transfer is an instruction's start. Addresses of row i are presented 1 + i cycles later on `read_a` and
-    `read_b` (for `vmov` b's alone), results on `write` at the last 1 cycle before `done`: `vector.latency` covers all
-    that lies between, so an instruction that starts at `done` reads them. `ready`: no rows are left to present; for a
-    reduction also that the one before is done. Reductions leave one or two words through `write_reduce`, as late as
-    their own `done` allows. Everything else follows from docs/timing.md, "Vector unit".
+    `issued`: a transfer is an instruction's start. Its row i is addressed 1 + i cycles later, on `read_a` (operand a)
+    and `read_b`, and its result given to `write` `vector.latency` - 1 cycles after that; so an instruction that starts
+    at `done` reads it. Reductions leave a word, vargmax two, through `write_reduce` in the last cycle before `done`.
+    `ready`: the last row is being addressed, or none; for a reduction also that the one before it is done. This is all
+    that docs/timing.md, "Vector unit", has an instruction wait for.
 
     `completed`: the ticket of the last instruction done. `waited`: the core's cause of a wait that ends with the
-    transfer; `activity` has it, and the occupied cycles, a cycle later. `argmax_nan`: vargmax met a NaN.
-
+    transfer; `activity` has it, and the occupied cycles, a cycle later. `argmax_nan`: the vargmax at `pc` met a NaN.
     `shared` are the modules whose text goes beside this one's.
     """
 
