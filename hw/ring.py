@@ -1,0 +1,586 @@
+"""The ring unit: an all-gather over two links, clockwise to rank + 1 and anticlockwise to rank - 1.
+
+Each direction has a `Sender`, which puts this device's own block and then those received on its link, and a `Receiver`,
+which keeps what comes from the other neighbour until it lies in the register file and has been sent on. Rows carry
+their gather's number and length. A row is sent only if the receiver has a place for it (credits), and the receiver can
+hold everything that a neighbour may send before this device starts, so that at fixed latency no sender ever waits.
+
+Latency: a row that is due in cycle y is on the link in y + 1; a block whose last row the link delivers in cycle c is
+whole in c + 2. The link between two units therefore takes `hop_latency - PIPELINE_CYCLES` cycles, credits too.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+
+from amaranth.hdl import Module, Mux, Signal, Value, signed
+from amaranth.lib import stream, wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+
+from typebar.hw.control.checks import DEVICE_BITS
+from typebar.hw.control.core import issued_layout
+from typebar.hw.control.decoder import slot
+from typebar.hw.control.tickets import Domain
+from typebar.hw.ports import (
+    CAUSE_BITS,
+    READ_CYCLES,
+    activity_layout,
+    completed_shape,
+    file_rows,
+    link_layout,
+    read_port,
+    write_port,
+)
+from typebar.isa.instructions import TARGET_BITS
+from typebar.isa.machine import MAX_DEVICES, Machine, MachineError
+from typebar.isa.timing import Cause
+
+PIPELINE_CYCLES = 2
+"""Of a hop's latency, the cycles that the two units spend; the rest is the link's."""
+LEAST_SETUP_CYCLES = READ_CYCLES + 2
+"""From an instruction's start to its first row in a sender's memory."""
+HOP_BITS = (MAX_DEVICES // 2).bit_length()
+LEAST_PLACES = MAX_DEVICES
+"""Rows that a receiver holds even on the smallest register file: a gather of nothing still sends a row a block."""
+
+
+def link_cycles(machine: Machine) -> int:
+    """Latency of the link between two units, from the transfer out of one to the transfer into the next."""
+    return machine.ring.hop_latency - PIPELINE_CYCLES
+
+
+def places(machine: Machine) -> int:
+    """Rows that a receiver holds: half the register file or more, since no gather brings more from one side.
+
+    A gather of n words leaves room for its operand: (devices + 1) n words at most, and devices // 2 blocks come from
+    one side. What is left of the gather before drains at least as fast as the next one's rows come in.
+    """
+    return max(LEAST_PLACES, 1 << (file_rows(machine) // 2 - 1).bit_length())
+
+
+def pace(machine: Machine) -> tuple[int, int]:
+    """Cycles that a link takes for one row of the register file, as a fraction in lowest terms, 1 or more."""
+    cycles, over = 32 * machine.vector.lanes * machine.clock_mhz, machine.ring.megabits_per_second
+    common = gcd(cycles, over)
+    return cycles // common, over // common
+
+
+class Pacer(wiring.Component):
+    """Spreads a block's rows over the cycles a link takes for them: row i is due in cycle ceil((i + 1) pace) - 1.
+
+    So the last of R rows is due in cycle ceil(R pace) - 1, and the block takes `slice_cycles`. A block of no rows is
+    one row, due at once. `begin` is the block's first cycle, with `rows` held until its last; a cycle with `hold` does
+    not count, and `stop` gives the block up. `due`, `row` and `last` (of a due row) follow in the same cycle; `running`
+    from `begin` to the last row.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        """The pace of a machine's links."""
+        self.cycles, self.over = pace(machine)
+        self.count = range(file_rows(machine) + 1)
+        super().__init__(
+            {
+                "begin": In(1),
+                "hold": In(1),
+                "stop": In(1),
+                "rows": In(self.count),
+                "due": Out(1),
+                "row": Out(self.count),
+                "last": Out(1),
+                "running": Out(1),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        """`lead` is (cycles passed, this one included) x over - (rows, the next included) x cycles."""
+        m = Module()
+        kept, lead = Signal(signed(self.cycles.bit_length() + 2)), Signal(signed(self.cycles.bit_length() + 2))
+        busy, kept_row = Signal(), Signal(self.count)
+        first = Mux(self.rows == 0, 0, self.over - self.cycles)
+        m.d.comb += [
+            lead.eq(Mux(self.begin, first, kept)),
+            self.row.eq(Mux(self.begin, 0, kept_row)),
+            self.running.eq(self.begin | busy),
+            self.due.eq(self.running & (lead >= 0)),
+            self.last.eq(self.row + 1 >= self.rows),
+        ]
+        with m.If(self.running):
+            with m.If(self.hold):
+                m.d.sync += [busy.eq(1), kept.eq(lead), kept_row.eq(self.row)]
+            with m.Else():
+                m.d.sync += [
+                    busy.eq(~(self.due & self.last)),
+                    kept.eq(lead + self.over - Mux(self.due, self.cycles, 0)),
+                    kept_row.eq(self.row + self.due),
+                ]
+        with m.If(self.stop):
+            m.d.sync += busy.eq(0)
+        return m
+
+
+class Sender(wiring.Component):
+    """Sends `hops` blocks in one direction: this device's own, then each received one when it is whole.
+
+    `launch` starts a gather of `rows` rows, `words` words and number `sequence`, all held until `done`; the own block
+    may begin once `go` is set, its rows having been written through `own_*`. `whole`: a received block may be sent on;
+    `take` when it begins, `advance` for each of its rows, which `forward` holds in the cycle after. `forwarded`: none
+    is left to send on. `done` from the cycle after the last block on. `credit`: the receiver has emptied one place.
+
+    A cycle in which the link is not ready, or no place is free for a row that is due, does not count as a block's.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        """A sender of a machine."""
+        self.machine = machine
+        self.own_rows = max(2, min(machine.ring.buffer_words, machine.vector.words) // machine.vector.lanes)
+        layout = link_layout(machine)
+        self.free = Signal(range(places(machine) + 1), init=places(machine))
+        super().__init__(
+            {
+                "launch": In(1),
+                "go": In(1),
+                "hops": In(HOP_BITS),
+                "rows": In(range(file_rows(machine) + 1)),
+                "words": In(layout["words"].shape),
+                "sequence": In(layout["sequence"].shape),
+                "own_enable": In(1),
+                "own_row": In(range(self.own_rows)),
+                "own_data": In(layout["row"].shape),
+                "whole": In(1),
+                "take": Out(1),
+                "advance": Out(1),
+                "forward": In(layout["row"].shape),
+                "forwarded": Out(1),
+                "done": Out(1),
+                "moves": Out(1),
+                "credit": In(1),
+                "link": Out(stream.Signature(layout)),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        """A pacer addresses the memory whose output is the link's."""
+        m = Module()
+        m.submodules.pacer = pacer = Pacer(self.machine)
+        m.submodules.own = own = Memory(shape=self.own_data.shape(), depth=self.own_rows, init=[])
+        write, read = own.write_port(), own.read_port()
+        left, is_own, from_own = Signal(HOP_BITS), Signal(), Signal()
+        block, frozen, sends = Signal(), Signal(), Signal()
+        starved = pacer.due & (self.free == 0)
+        valid, last = Signal(), Signal()
+        m.d.comb += [
+            write.en.eq(self.own_enable),
+            write.addr.eq(self.own_row),
+            write.data.eq(self.own_data),
+            frozen.eq(valid & ~self.link.ready),
+            pacer.rows.eq(self.rows),
+            pacer.begin.eq((left != 0) & ~block & ~frozen & Mux(is_own, self.go, self.whole)),
+            pacer.hold.eq(frozen | starved),
+            sends.eq(pacer.due & ~pacer.hold),
+            self.take.eq(pacer.begin & ~is_own),
+            self.advance.eq(sends & ~is_own),
+            read.addr.eq(pacer.row),
+            read.en.eq(sends & is_own),
+            self.forwarded.eq((left == 0) | (is_own & (self.hops <= 1))),
+            self.done.eq((left == 0) & ~frozen),
+            self.moves.eq(pacer.running & ~pacer.hold),
+            self.link.valid.eq(valid),
+            self.link.payload.row.eq(Mux(from_own, read.data, self.forward)),
+            self.link.payload.sequence.eq(self.sequence),
+            self.link.payload.words.eq(self.words),
+            self.link.payload.last.eq(last),
+        ]
+        with m.If(self.launch):
+            m.d.sync += [left.eq(self.hops), is_own.eq(1)]
+        with m.Elif(sends & pacer.last):
+            m.d.sync += [left.eq(left - 1), is_own.eq(0)]
+        with m.If(pacer.running):
+            m.d.sync += block.eq(~(sends & pacer.last))
+        with m.If(~frozen):
+            m.d.sync += [valid.eq(sends), last.eq(pacer.last), from_own.eq(is_own)]
+        m.d.sync += self.free.eq(self.free + self.credit - sends)
+        return m
+
+
+class Receiver(wiring.Component):
+    """Keeps the rows of one direction; writes them to the register file and offers them for sending on.
+
+    `arm` starts to write a gather's `hops` blocks of `rows` rows: the first block to `first_row`, that of device
+    `first_source`, the next `rows` further down (clockwise) or up, but to `wrap_row`, that of `wrap_source`, at the
+    ring's end. No row is written in the cycle after one with `block`. `drained` from the cycle in which the last is
+    written. `wrong`: the row now at the port has another number or length than `sequence` and `words`.
+
+    `whole`: a block is there that the sender has not taken; `take`, `advance`, `forward`, `forwarded` as in `Sender`.
+    `finish` ends the gather. `credit` for each row whose place is free again.
+    """
+
+    def __init__(self, machine: Machine, clockwise: bool) -> None:
+        """A receiver of a machine; `clockwise` is the direction of travel."""
+        self.machine, self.clockwise = machine, clockwise
+        layout, rows = link_layout(machine), file_rows(machine)
+        self.address = range(places(machine))
+        super().__init__(
+            {
+                "link": In(stream.Signature(layout)),
+                "credit": Out(1),
+                "arm": In(1),
+                "finish": In(1),
+                "hops": In(HOP_BITS),
+                "rows": In(range(rows + 1)),
+                "words": In(layout["words"].shape),
+                "sequence": In(layout["sequence"].shape),
+                "first_row": In(range(rows)),
+                "first_source": In(DEVICE_BITS),
+                "wrap_row": In(range(rows)),
+                "wrap_source": In(DEVICE_BITS),
+                "last_source": In(DEVICE_BITS),
+                "block": In(1),
+                "write": Out(write_port(machine)),
+                "drained": Out(1),
+                "wrong": Out(1),
+                "moves": Out(1),
+                "whole": Out(1),
+                "take": In(1),
+                "advance": In(1),
+                "forward": Out(layout["row"].shape),
+                "forwarded": In(1),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        """Four pointers chase one another: written, drained, sent on, and given back to the neighbour."""
+        m = Module()
+        m.submodules.buffer = buffer = Memory(shape=link_layout(self.machine), depth=len(self.address), init=[])
+        written, drained, sent, returned = (
+            Signal(len(self.address).bit_length(), name=name) for name in ("written", "drained_to", "sent", "returned")
+        )
+        write, read, forward = buffer.write_port(), buffer.read_port(), buffer.read_port()
+        m.d.comb += [
+            self.link.ready.eq(1),
+            write.en.eq(self.link.valid),
+            write.addr.eq(written),
+            write.data.eq(self.link.payload),
+            read.addr.eq(drained),
+            forward.addr.eq(sent),
+            forward.en.eq(self.advance),
+            self.forward.eq(forward.data.row),
+            # What is sent on no further leaves with `drained`; `sent` catches up at the gather's end.
+            self.credit.eq((returned != drained) & ((returned != sent) | self.forwarded)),
+        ]
+        drains = self._drain(m, written != drained, read)
+        m.d.sync += [
+            written.eq(written + self.link.valid),
+            drained.eq(drained + drains),
+            returned.eq(returned + self.credit),
+            sent.eq(Mux(self.finish, drained, sent + self.advance)),
+        ]
+        self._count_blocks(m)
+        return m
+
+    def _drain(self, m: Module, some: Value, read: wiring.PureInterface) -> Value:
+        """Row by row into the register file; true in a cycle that reads the buffer."""
+        left, row = Signal(HOP_BITS), Signal.like(self.rows)
+        source, target = Signal(DEVICE_BITS), Signal.like(self.first_row)
+        drains, valid, address = Signal(), Signal(), Signal.like(self.first_row)
+        following = target - self.rows if self.clockwise else target + self.rows
+        m.d.comb += [
+            drains.eq(some & (left != 0) & ~self.block),
+            read.en.eq(drains),
+            self.write.address.eq(address),
+            self.write.mask.eq(Mux(valid & (self.rows != 0) & ~self.wrong, (1 << self.machine.vector.lanes) - 1, 0)),
+            self.write.data.eq(read.data.row),
+            self.wrong.eq(valid & ((read.data.sequence != self.sequence) | (read.data.words != self.words))),
+            self.drained.eq(left == 0),
+            self.moves.eq(drains),
+        ]
+        m.d.sync += [valid.eq(drains), address.eq(target + row)]
+        with m.If(self.arm):
+            m.d.sync += [left.eq(self.hops), row.eq(0), source.eq(self.first_source), target.eq(self.first_row)]
+        with m.Elif(drains):
+            m.d.sync += row.eq(row + 1)
+            with m.If(row + 1 >= self.rows):
+                m.d.sync += [left.eq(left - 1), row.eq(0)]
+                with m.If(source == self.last_source):
+                    m.d.sync += [source.eq(self.wrap_source), target.eq(self.wrap_row)]
+                with m.Else():
+                    m.d.sync += [source.eq(source - 1 if self.clockwise else source + 1), target.eq(following)]
+        return drains
+
+    def _count_blocks(self, m: Module) -> None:
+        """Blocks received in whole and not taken; a gather's last is not sent on, so its end takes it."""
+        arrived, count = Signal(), Signal(range(2 * MAX_DEVICES))
+        m.d.sync += [
+            arrived.eq(self.link.valid & self.link.payload.last),
+            count.eq(count + arrived - (self.take | (self.finish & (self.hops != 0)))),
+        ]
+        m.d.comb += self.whole.eq(count != 0)
+
+
+class GatherTimer(wiring.Component):
+    """How long a gather takes if all devices start it together (`isa.timing.gather_cycles`), as cycles pass.
+
+    `launch` in the gather's first cycle; `setup` is over `setup_latency` cycles later, `over` in the cycle before that
+    in which such a gather is done (but for the writes to the register file, which the unit times). A device that starts
+    last is done sooner, and may launch the next gather before this one is over.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        """The latencies of a machine."""
+        self.machine = machine
+        super().__init__(
+            {
+                "launch": In(1),
+                "hops": In(HOP_BITS),
+                "rows": In(range(file_rows(machine) + 1)),
+                "setup": Out(1),
+                "over": Out(1),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        """A block, then a hop, `hops` times."""
+        m = Module()
+        ring = self.machine.ring
+        m.submodules.pacer = pacer = Pacer(self.machine)
+        wait, left, block = Signal(range(max(ring.setup_latency, ring.hop_latency + 1))), Signal(HOP_BITS), Signal()
+        m.d.comb += [
+            pacer.rows.eq(self.rows),
+            pacer.stop.eq(self.launch),
+            pacer.begin.eq(self.setup & (wait == 0) & (left != 0) & ~block),
+            self.over.eq(self.setup & (wait == 0) & (left == 0)),
+        ]
+        with m.If(wait != 0):
+            m.d.sync += wait.eq(wait - 1)
+        with m.If(wait == 1):
+            m.d.sync += self.setup.eq(1)
+        with m.If(pacer.running):
+            m.d.sync += block.eq(1)
+        with m.If(pacer.due & pacer.last):
+            m.d.sync += [block.eq(0), wait.eq(ring.hop_latency), left.eq(left - 1)]
+        with m.If(self.launch):
+            m.d.sync += [wait.eq(ring.setup_latency - 1), left.eq(self.hops), self.setup.eq(0), block.eq(0)]
+        return m
+
+
+class RingUnit(wiring.Component):
+    """The ring unit of a machine, as device `rank` of `devices` (both held from before the first gather on).
+
+    `issued`: a transfer is a gather's start; `ready` exactly when the unit is free. `completed` is the ticket of the
+    last gather done (docs/timing.md, "Ring"). The own block is read through `read` and written through `ring_ccw`,
+    received ones through the port of their direction, all after the start and before `done`.
+
+    Links: `cw_out` to rank + 1, `cw_in` from rank - 1, `ccw_out` to rank - 1, `ccw_in` from rank + 1. `*_out_credit`
+    is set for a cycle for every place that the receiver of `*_out` has emptied; `*_in_credit` is that receiver's side.
+    The incoming links are always ready.
+
+    `mismatch` with `mismatch_pc`: a neighbour's row is another gather's, or the same one's with another length; the
+    unit then stays busy until reset. `waiting`: nothing moves until a neighbour or a link does.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        """Take a machine.
+
+        Raises:
+            MachineError: a latency is shorter than the unit's pipeline, or a link faster than a row a cycle.
+        """
+        ring = machine.ring
+        for key, least in (("setup_latency", LEAST_SETUP_CYCLES), ("hop_latency", PIPELINE_CYCLES + 1)):
+            if getattr(ring, key) < least:
+                raise MachineError(
+                    f"{machine.name}: ring.{key} = {getattr(ring, key)} is faster than the hardware's pipeline:"
+                    f" set it to {least} or more"
+                )
+        most = 32 * machine.vector.lanes * machine.clock_mhz
+        if ring.megabits_per_second > most:
+            raise MachineError(
+                f"{machine.name}: ring.megabits_per_second = {ring.megabits_per_second} is faster than one row of the"
+                f" register file a cycle: set it to {most} or less"
+            )
+        self.machine = machine
+        link = stream.Signature(link_layout(machine))
+        super().__init__(
+            {
+                "issued": In(stream.Signature(issued_layout(machine, Domain.RING))),
+                "waited": In(CAUSE_BITS),
+                "rank": In(DEVICE_BITS),
+                "devices": In(DEVICE_BITS),
+                "completed": Out(completed_shape(machine)),
+                "read": Out(read_port(machine)),
+                "ring_cw": Out(write_port(machine)),
+                "ring_ccw": Out(write_port(machine)),
+                "cw_out": Out(link),
+                "cw_out_credit": In(1),
+                "cw_in": In(link),
+                "cw_in_credit": Out(1),
+                "ccw_out": Out(link),
+                "ccw_out_credit": In(1),
+                "ccw_in": In(link),
+                "ccw_in_credit": Out(1),
+                "mismatch": Out(1),
+                "mismatch_pc": Out(TARGET_BITS),
+                "waiting": Out(1),
+                "activity": Out(activity_layout()),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        """The instruction in progress, its timers, and the two directions."""
+        self._m = m = Module()
+        rows = file_rows(self.machine)
+        self._busy, self._start, self._finish, self._armed = Signal(), Signal(), Signal(), Signal()
+        self._words = Signal(link_layout(self.machine)["words"].shape)
+        self._rows, self._dst = Signal(range(rows + 1)), Signal(range(rows))
+        self._own, self._top, self._writing = (Signal(range(rows + 1), name=n) for n in ("own", "top", "writing"))
+        self._sequence, self._hops = Signal(8), (Signal(HOP_BITS), Signal(HOP_BITS))
+        m.submodules.timer = self._timer = timer = GatherTimer(self.machine)
+        m.d.comb += [
+            self._hops[0].eq(self.devices >> 1),
+            self._hops[1].eq((self.devices - 1) >> 1),
+            timer.launch.eq(self._start),
+            timer.hops.eq(self._hops[0]),
+            timer.rows.eq(self._rows),
+        ]
+        self._instruction()
+        own = self._read_own()
+        for index, name in enumerate(("cw", "ccw")):
+            m.submodules[f"{name}_sender"] = sender = Sender(self.machine)
+            m.submodules[f"{name}_receiver"] = receiver = Receiver(self.machine, clockwise=index == 0)
+            self._direction(index, name, sender, receiver)
+            self._feed(index, sender, receiver, own)
+        return m
+
+    # The instruction -----------------------------------------------------------------------------------
+    def _instruction(self) -> None:
+        """Registers of the gather in progress; when it is done; what the counters and the watchdog see."""
+        m, shift = self._m, self.machine.vector.lanes.bit_length() - 1
+        values = self.issued.payload["values"]
+        pc, ticket = Signal(TARGET_BITS), Signal.like(self.completed)
+        stage, port_time = Signal(2), Signal(range(file_rows(self.machine) + self.machine.ring.setup_latency + 1))
+        over, skew = Signal(), Signal()
+        self._wrong, self._idle = Signal(2), Signal(6)
+        m.d.comb += [
+            self.issued.ready.eq(~self._busy),
+            self._start.eq(self.issued.valid & self.issued.ready),
+            over.eq(self._armed & (port_time == 0)),
+            self._finish.eq(self._busy & over & self._idle[:4].all() & ~self._wrong.any() & ~self.mismatch),
+            self.waiting.eq(self._busy & over & ~self._finish & self._idle[4:].all()),
+            self.mismatch_pc.eq(pc),
+            self.activity.active.eq(self._start | self._busy),
+            self.activity.cause.eq(Mux(skew, Cause.SKEW, Cause.TRANSFER)),
+            self.activity.waited.eq(self.waited),
+        ]
+        with m.If(self._start):
+            m.d.sync += [
+                self._busy.eq(1),
+                self._words.eq(values[slot("gather", "n")]),
+                self._rows.eq(values[slot("gather", "n")] >> shift),
+                self._dst.eq(values[slot("gather", "dst")] >> shift),
+                pc.eq(self.issued.payload.pc),
+                ticket.eq(self.issued.payload.ticket),
+            ]
+        m.d.sync += [
+            stage.eq((stage << 1) | self._start),
+            self._own.eq(self._dst + self.rank * self._rows),
+            self._top.eq(self._dst + (self.devices - 1) * self._rows),
+            self._writing.eq((self._hops[1] + 1) * self._rows),
+        ]
+        with m.If(stage[1]):
+            # The anticlockwise port writes the own block and those received, a row a cycle from the setup's end.
+            m.d.sync += [self._armed.eq(1), port_time.eq(self._writing + (self.machine.ring.setup_latency - 3))]
+        with m.Elif(port_time != 0):
+            m.d.sync += port_time.eq(port_time - 1)
+        with m.If(self._busy & over & self._timer.over):
+            m.d.sync += skew.eq(1)
+        with m.If(self._busy & self._wrong.any()):
+            m.d.sync += self.mismatch.eq(1)
+        with m.If(self._finish):
+            m.d.sync += [
+                self._busy.eq(0),
+                self._armed.eq(0),
+                skew.eq(0),
+                self.completed.eq(ticket),
+                self._sequence.eq(self._sequence + 1),
+            ]
+        self._arm = stage[1]
+
+    def _read_own(self) -> tuple[Signal, Signal]:
+        """Read the own block, a row a cycle from the start on; when a row is on `read.data`, and which."""
+        m, shift = self._m, self.machine.vector.lanes.bit_length() - 1
+        row = Signal.like(self._rows)
+        base = Signal(range(file_rows(self.machine)))
+        reads: Value = self._busy & (row != self._rows)
+        valid, number = [reads], [row]
+        for cycle in range(READ_CYCLES):
+            valid.append(Signal(name=f"own_valid_{cycle + 1}"))
+            number.append(Signal.like(row, name=f"own_row_{cycle + 1}"))
+            m.d.sync += [valid[-1].eq(valid[-2]), number[-1].eq(number[-2])]
+        m.d.comb += self.read.address.eq(base + row)
+        with m.If(self._start):
+            m.d.sync += [row.eq(0), base.eq(self.issued.payload["values"][slot("gather", "a")] >> shift)]
+        with m.Elif(reads):
+            m.d.sync += row.eq(row + 1)
+        self._own_follows = valid[-2]
+        return valid[-1], number[-1]
+
+    # The directions ------------------------------------------------------------------------------------
+    def _direction(self, index: int, name: str, sender: Sender, receiver: Receiver) -> None:
+        """Join a sender and a receiver to the links, to one another and to the instruction."""
+        m, clockwise = self._m, index == 0
+        wiring.connect(m, sender.link, wiring.flipped(getattr(self, f"{name}_out")))
+        wiring.connect(m, receiver.link, wiring.flipped(getattr(self, f"{name}_in")))
+        last = self.devices - 1
+        at_end = self.rank == (0 if clockwise else last)
+        step = self._own - self._rows if clockwise else self._own + self._rows
+        wrap_row, wrap_source = (self._top, last) if clockwise else (self._dst, 0)
+        following = self.rank - 1 if clockwise else self.rank + 1
+        for part in (sender, receiver):
+            m.d.comb += [
+                part.hops.eq(self._hops[index]),
+                part.rows.eq(self._rows),
+                part.words.eq(self._words),
+                part.sequence.eq(self._sequence),
+            ]
+        m.d.comb += [
+            sender.launch.eq(self._start),
+            sender.go.eq(self._timer.setup),
+            sender.credit.eq(getattr(self, f"{name}_out_credit")),
+            getattr(self, f"{name}_in_credit").eq(receiver.credit),
+            sender.whole.eq(receiver.whole),
+            sender.forward.eq(receiver.forward),
+            receiver.take.eq(sender.take),
+            receiver.advance.eq(sender.advance),
+            receiver.forwarded.eq(sender.forwarded),
+            receiver.arm.eq(self._arm),
+            receiver.finish.eq(self._finish),
+            receiver.first_row.eq(Mux(at_end, wrap_row, step)),
+            receiver.first_source.eq(Mux(at_end, wrap_source, following)),
+            receiver.wrap_row.eq(wrap_row),
+            receiver.wrap_source.eq(wrap_source),
+            receiver.last_source.eq(0 if clockwise else last),
+            self._wrong[index].eq(receiver.wrong),
+            self._idle[index].eq(sender.done),
+            self._idle[index + 2].eq(receiver.drained),
+            self._idle[index + 4].eq(~(sender.moves | receiver.moves)),
+        ]
+
+    def _feed(self, index: int, sender: Sender, receiver: Receiver, own: tuple[Signal, Signal]) -> None:
+        """Give a sender the own block, and a receiver its write port, which the own block has first if they share."""
+        m, (valid, number) = self._m, own
+        port = (self.ring_cw, self.ring_ccw)[index]
+        m.d.comb += [
+            sender.own_enable.eq(valid),
+            sender.own_row.eq(number),
+            sender.own_data.eq(self.read.data),
+            port.address.eq(receiver.write.address),
+            port.mask.eq(receiver.write.mask),
+            port.data.eq(receiver.write.data),
+        ]
+        if port is self.ring_ccw:
+            m.d.comb += receiver.block.eq(self._own_follows)
+            with m.If(valid):
+                m.d.comb += [
+                    port.address.eq(self._own + number),
+                    port.mask.eq((1 << self.machine.vector.lanes) - 1),
+                    port.data.eq(self.read.data),
+                ]
