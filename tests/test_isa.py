@@ -379,7 +379,7 @@ TOML = (Path(__file__).parent.parent / "isa" / "machines" / "tiny.toml").read_te
         (
             "words = 16384",
             "words = 16400",
-            "vector.words = 16400 must be a multiple of vector.align x vector.segments = 512",
+            "vector.words = 16400 must be a multiple of vector.align x vector.segments = 128",
         ),
         (
             "fifo_bytes = 8192",
@@ -390,6 +390,36 @@ TOML = (Path(__file__).parent.parent / "isa" / "machines" / "tiny.toml").read_te
             "fifo_port_bytes = 128",
             "fifo_port_bytes = 32",
             "matrix.fifo_port_bytes = 32 must feed one 16-bit tile, 64 bytes",
+        ),
+        (
+            "fifo_bytes = 8192",
+            "fifo_bytes = 8256",
+            "hbm.fifo_bytes = 8256 must be a multiple of matrix.fifo_port_bytes = 128",
+        ),
+        (
+            "align = 8",
+            "align = 4",
+            "matrix.vectors = 8 must not exceed vector.align = 4",
+        ),
+        (
+            "lanes = 8\nlatency",
+            "lanes = 16\nlatency",
+            "vector.align = 8 must be a multiple of vector.lanes = 16: a vector starts on a row of the register file",
+        ),
+        (
+            "lanes = 8\nlatency",
+            "lanes = 1\nlatency",
+            "machine parameter vector.lanes = 1 is outside 2 to 256",
+        ),
+        (
+            "bytes_per_cycle = 32",
+            "bytes_per_cycle = 128",
+            "machine parameter ddr.bytes_per_cycle = 128 is outside 4 to 64",
+        ),
+        (
+            "bytes_per_cycle = 32",
+            "bytes_per_cycle = 48",
+            "machine parameter ddr.bytes_per_cycle = 48 must be a power of two",
         ),
         (
             "channel_bytes = 32",
