@@ -126,7 +126,7 @@ class Generation:
         text: the new text, without the prompt; None if the image has no tokenizer.
         tokens: the new token ids, with the one that ended the text if one did.
         prompt_tokens: the prompt's token ids.
-        device: `sim` or `torch`: what finished the work.
+        device: `sim`, `rtl` or `torch`: what finished the work.
         device_name: the same in words.
         reasons: why devices were passed over or given up, in order.
         finish_reason: `stop` after the end-of-text token, `length` after max_new_tokens.
@@ -308,8 +308,8 @@ def load(path: str | os.PathLike[str], device: str | Sequence[str | Candidate] =
     Args:
         path: the image.
         device: `auto` (hardware, else torch on a GPU, else on the CPU), `sim` (the functional simulator; torch carries
-            on if it fails), `torch` (a GPU, else the CPU), or a sequence of the last two, each carrying on for the one
-            before.
+            on if it fails), `rtl` (the hardware's source, compiled and simulated cycle by cycle), `torch` (a GPU, else
+            the CPU), or a sequence of the last three, each carrying on for the one before.
 
     Raises:
         TypebarError: no such device, or anything wrong with the image.

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from typebar.host.cli_output import note, print_facts, print_json, print_table, progress, settings
+from typebar.host.cli_output import note, print_facts, print_json, print_table, progress, settings, status_line
 from typebar.host.cli_tools import Json
 from typebar.isa.errors import TypebarError
 
 if TYPE_CHECKING:
+    from typebar.host.engine import Engine
     from typebar.host.report import SimulationReport
+    from typebar.host.select import Candidate
+    from typebar.isa.image import Image
 
 
 class WeightFormat(StrEnum):
@@ -30,6 +35,7 @@ class DeviceChoice(StrEnum):
 
     AUTO = "auto"
     SIM = "sim"
+    RTL = "rtl"
     TORCH = "torch"
 
 
@@ -99,11 +105,16 @@ def run(
     top_k: Annotated[int | None, typer.Option(help="Sample among the K most likely tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among the tokens that make up this probability.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    wave: Annotated[
+        Path | None, typer.Option(help="With --device rtl: write every signal to this .fst or .vcd file.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Generate text from a prompt."""
     if (prompt is None) == (prompt_ids is None):
         raise TypebarError("run takes one of --prompt TEXT and --prompt-ids ID,ID,...: give exactly one")
+    if wave is not None and device is not DeviceChoice.RTL:
+        raise TypebarError(f"--wave dumps the hardware's signals, which --device {device} has not: give --device rtl")
     from typebar.host import api
 
     ids = None if prompt_ids is None else token_ids(prompt_ids)
@@ -111,10 +122,14 @@ def run(
 
     def stream(piece: str) -> None:
         nonlocal shown
+        show("")
         print((shown or "") + piece, end="", flush=True)
         shown = None
 
-    with api.load(image, device=device.value) as model:
+    slow = device is DeviceChoice.RTL
+    # One terminal cannot show a line that grows and one that is written anew.
+    held = slow and sys.stdout.isatty() and sys.stderr.isatty()
+    with status_line(slow) as show, api.load(image, _rtl(wave, show) if slow else device.value) as model:
         result = model.generate(
             prompt,
             input_ids=ids,
@@ -124,15 +139,31 @@ def run(
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            streamer=None if as_json or not model.image.tokenizer else stream,
+            streamer=None if as_json or held or not model.image.tokenizer else stream,
         )
     if as_json:
         print_json(result.to_json())
         return
+    if held and result.text is not None:
+        stream(result.text)
     print("" if result.text is not None else " ".join(map(str, result.tokens)))
     for line in (*result.reasons, *result.flags):
         note(line)
     note(f"{len(result.tokens)} tokens on {result.device_name}, ended by {result.finish_reason}")
+
+
+def _rtl(wave: Path | None, show: Callable[[str], None]) -> list[Candidate]:
+    """The hardware's source as the only device, with a waveform and a line that says how far it is."""
+    from typebar.host.select import Candidate, compiled
+
+    def progress(cycles: int, rate: float) -> None:
+        show(f"{cycles:,} cycles, {rate:,.0f} a second")
+
+    def make(image: Image) -> Engine:
+        show(f"building the model of {image.machine.name}; this takes a minute if there is none yet")
+        return compiled(image, wave, progress)
+
+    return [Candidate("rtl", make)]
 
 
 def token_ids(text: str) -> list[int]:

@@ -79,6 +79,22 @@ def progress(label: str, quiet: bool = False) -> Iterator[Callable[[int, int], N
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextlib.contextmanager
+def status_line(wanted: bool = True) -> Iterator[Callable[[str], None]]:
+    """A line on standard error that each call of what this gives writes anew; only on a terminal, gone at the end."""
+    shown = wanted and sys.stderr.isatty()
+
+    def show(text: str) -> None:
+        if shown:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
+            print(f"\r\x1b[2K{text[:width]}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        show("")
+
+
 def read_text(path: str, what: str) -> str:
     """A file's UTF-8 text, or standard input's for "-".
 

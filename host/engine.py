@@ -21,7 +21,7 @@ class Engine(ABC):
     """
 
     kind: str
-    """`sim` or `torch`: the name under which users choose it."""
+    """`sim`, `rtl` or `torch`: the name under which users choose it."""
     name: str
     """What it is, in words."""
     position: int = 0

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from typebar.host.device import DeviceError
 from typebar.host.engine import Engine
 from typebar.isa.errors import TypebarError
 from typebar.isa.image import Image
 
-NAMES = ("auto", "sim", "torch")
+NAMES = ("auto", "sim", "rtl", "torch")
 """What users may ask for."""
 
 
@@ -48,7 +49,8 @@ def candidates(device: str | Sequence[str | Candidate]) -> tuple[list[Candidate]
     """The engines to try in order, and the reasons for those that are left out from the start.
 
     `auto` is hardware, then torch on a GPU, then torch on the CPU; `sim` the functional simulator, with torch to carry
-    on if it fails; `torch` a GPU, else the CPU. A sequence is a chain of `sim`, `torch` and Candidates.
+    on if it fails; `rtl` the hardware's source, alone; `torch` a GPU, else the CPU. A sequence is a chain of `sim`,
+    `rtl`, `torch` and Candidates.
 
     Raises:
         TypebarError: a name that is none of these, or an empty sequence.
@@ -62,6 +64,8 @@ def candidates(device: str | Sequence[str | Candidate]) -> tuple[list[Candidate]
             chain.append(item)
         elif item == "sim":
             chain.append(Candidate("sim", simulated))
+        elif item == "rtl":
+            chain.append(Candidate("rtl", compiled))
         else:
             more, why = _named(item, [])
             chain += more
@@ -79,12 +83,26 @@ def simulated(image: Image) -> Engine:
     return DeviceEngine(image, SimulatedDevice(image.machine, image.manifest.devices), "sim")
 
 
+def compiled(image: Image, wave: Path | None = None, progress: Callable[[int, float], None] | None = None) -> Engine:
+    """The RTL of the image's machine, compiled to native code, fresh; options as in `host.rtl.RtlDevice`.
+
+    Raises:
+        TypebarError: what it takes to compile it is not installed.
+    """
+    from typebar.host.driver import DeviceEngine
+    from typebar.host.rtl import RtlDevice
+
+    return DeviceEngine(image, RtlDevice(image.machine, image.manifest.devices, wave=wave, progress=progress), "rtl")
+
+
 def _named(device: str, reasons: list[str]) -> tuple[list[Candidate], list[str]]:
     if device not in NAMES:
         raise TypebarError(f"there is no device {device!r}: choose one of {', '.join(NAMES)}")
     if device == "sim":
         # Not the list below: asking for a GPU imports torch, which the simulator does not need.
         return [Candidate("sim", simulated), Candidate("torch", _torch_best)], reasons
+    if device == "rtl":
+        return [Candidate("rtl", compiled)], reasons
     from typebar.host.torch_device import cuda_absent
 
     absent = cuda_absent()
