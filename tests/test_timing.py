@@ -1,8 +1,8 @@
 """The timing contract, rule by rule, on hand-written programs; every expected cycle is worked out by hand.
 
-`tiny`: 8 lanes x 4 columns x 2 rows, 64-byte rows, HBM latency 20, write slots at cycles 7, 15, 23 ..., 128 FIFO rows,
-matmul latency 6 + 4 + 16 = 26, 256-word segments; vector 8 lanes, add and multiply 4, unary 8; DDR 2 cycles a line,
-latency 20; ring 2 words a cycle, hop 20, setup 4; queue 8, branch 3, read 4.
+`SHORT` is `tiny` with short latencies: 8 lanes x 4 columns x 2 rows, 64-byte rows, HBM latency 20, write slots at
+cycles 7, 15, 23 ..., 128 FIFO rows, matmul latency 6 + 4 + 16 = 26, 256-word segments; vector 8 lanes, latency 4, a
+tree's level 4; DDR 2 cycles a line, latency 20; ring 2 words a cycle, hop 20, setup 4; queue 8, branch 3, read 4.
 """
 
 from __future__ import annotations
@@ -16,17 +16,31 @@ import pytest
 from typebar.isa.errors import TypebarError
 from typebar.isa.machine import Machine
 from typebar.isa.program import assemble
+from typebar.isa.timing import DDR_REQUEST, HBM_DATA, HBM_REQUEST, LINK_CW, stall
 from typebar.sim.timing import StoreRecord, TimingResult, run_timing
 from typebar.sim.trace import write_perfetto
 
 TINY = Machine.load("tiny")
+SHORT = TINY.override(
+    {
+        "matrix.dot_latency": "6",
+        "matrix.epilogue_latency": "16",
+        "vector.segments": "64",
+        "vector.latency": "4",
+        "hbm.latency": "20",
+        "ddr.latency": "20",
+        "ring.setup_latency": "4",
+    }
+)
 MATMUL = "matmul format=fp16 region=weights outer=1 inner=1 k=8"
 
 
-def run(text: str, devices: int = 1, io: list[int] | None = None, **settings: object) -> TimingResult:
-    machine = TINY.override({key.replace("__", "."): str(value).lower() for key, value in settings.items()})
+def run(
+    text: str, devices: int = 1, io: list[int] | None = None, stall_seed: int = 0, **settings: object
+) -> TimingResult:
+    machine = SHORT.override({key.replace("__", "."): str(value).lower() for key, value in settings.items()})
     words = np.array([io or []] * devices, np.int32)
-    return run_timing(assemble(text), machine, devices, words, trace=True)
+    return run_timing(assemble(text), machine, devices, words, trace=True, stall_seed=stall_seed)
 
 
 def slices(result: TimingResult, unit: int, device: int = 0) -> list[tuple[int, int]]:
@@ -48,11 +62,11 @@ MATRIX, VECTOR, MEMORY, RING, FETCH = 1, 2, 3, 4, 5
         ("vadd dst=0 a=256 b=512 n=0", 7),  # at least one
         ("vmov b_from=immediate dst=0 n=8", 7),
         ("vwrite dst=0 b=1", 7),
-        ("vunary function=exp dst=0 a=256 n=8", 11),
-        ("vsum dst=0 a=256 n=8", 15),  # three levels of 4 inside a beat
-        ("vrmax dst=0 a=256 n=17", 25),  # and two over 3 beats: 1 + 3 + 5 * 4
-        ("vargmax dst=0 a=256 n=64", 34),  # 1 + 8 + 6 * 4
-        ("vsumsq dst=0 a=256 n=8", 19),  # and a multiply
+        ("vunary function=exp dst=0 a=256 n=8", 7),
+        ("vsum dst=0 a=256 n=8", 19),  # three levels of 4 inside a beat more
+        ("vrmax dst=0 a=256 n=17", 29),  # and two over 3 beats: 1 + 3 + 4 + 5 * 4
+        ("vargmax dst=0 a=256 n=64", 38),  # 1 + 8 + 4 + 6 * 4
+        ("vsumsq dst=0 a=256 n=8", 19),
         ("sload region=io rd=r3 line=0", 24),  # start 1, two cycles, latency 20; issue waits for 23
         ("fence", 2),
     ],
@@ -61,9 +75,34 @@ def test_one_instruction(body: str, total: int) -> None:
     assert run(f"{body}\nhalt").total_cycles == total
 
 
-def test_multiply_and_add_have_their_own_latency() -> None:
-    assert run("vmul dst=0 a=256 b=512 n=8\nhalt", vector__multiply_latency=9).total_cycles == 12
-    assert run("vmax dst=0 a=256 b=512 n=8\nhalt", vector__add_latency=9).total_cycles == 12
+def test_a_tree_level_has_its_own_latency() -> None:
+    assert run("vmul dst=0 a=256 b=512 n=8\nhalt", vector__latency=9).total_cycles == 12
+    assert run("vmax dst=0 a=256 b=512 n=8\nhalt", vector__add_latency=9).total_cycles == 7
+    assert run("vsum dst=0 a=256 n=8\nhalt", vector__latency=9, vector__add_latency=5).total_cycles == 27
+
+
+def test_a_reduction_waits_for_the_one_before() -> None:
+    result = run("vsum dst=0 a=256 n=8\nvadd dst=512 a=768 b=768 n=8\nvrmax dst=1024 a=1280 n=8\nhalt")
+    assert slices(result, VECTOR) == [(1, 2), (2, 3), (18, 19)]  # done of the first: 2 + 4 + 3 * 4
+    assert result.causes[0]["vector"] == {"issue": 1, "compute": 3, "vector": 15, "drain": 17}
+
+
+TIE = ["load format=fp32 region=io dst={} n=8", "vadd dst={} a=512 b=512 n=8"]
+
+
+@pytest.mark.parametrize("places", [(0, 256), (256, 0)])
+def test_of_results_ready_together_the_lowest_unit_is_charged(places: tuple[int, int]) -> None:
+    first, second = (text.format(place) for text, place in zip(TIE, places, strict=True))
+    result = run(f"{first}\n{second}\ngather dst=8192 a=0 n=264\nhalt", ddr__latency=4)
+    assert slices(result, RING)[0][0] == 7  # 1 + 2 + 4, and 2 + 1 + 4
+    assert result.causes[0]["ring"]["vector"] == 7
+
+
+def test_an_operand_ready_with_the_rows_is_charged() -> None:
+    fetch = "matmul format=fp16 region=kv outer=1 inner=1 k=8 n=24 src=256"  # six rows: over at 7
+    result = run(f"{fetch}\nvadd dst=8192 a=512 b=512 n=8\n{STORE_ROWS}\nhalt")
+    assert slices(result, MEMORY)[0][0] == 7
+    assert result.causes[0]["memory"]["vector"] == 7
 
 
 @pytest.mark.parametrize(
@@ -153,19 +192,28 @@ def test_loads_follow_stores_to_their_region(region: str, start: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("access", "lines"),
+    ("access", "lines", "cycles"),
     [
-        ("load format=fp16 region=io dst=0 line=0 n=32", 1),
-        ("load format=fp16 region=io dst=0 line=0 byte=2 n=32", 2),
-        ("load format=fp16 region=io dst=0 line=0 n=0", 0),
-        ("store format=fp32 region=io a=0 line=0 outer=3 inner=4 outer_bytes=4 inner_bytes=16", 3),
-        ("store format=fp32 region=io a=0 line=0 byte=8 outer=1 inner=4 inner_bytes=40", 3),
-        ("store format=fp32 region=io a=0 line=0 outer=2 inner=4 outer_bytes=4 inner_bytes=640", 8),
+        ("load format=fp32 region=io dst=0 line=0 n=16", 1, 2),
+        ("load format=fp16 region=io dst=0 line=0 n=32", 1, 4),  # four rows of the register file
+        ("load format=fp16 region=io dst=0 line=0 byte=2 n=32", 2, 4),
+        ("load format=int8 region=io dst=0 line=0 byte=60 n=33", 2, 5),
+        ("load format=fp16 region=io dst=0 line=0 n=0", 0, 1),
+        ("store format=fp32 region=io a=0 line=0 outer=3 inner=4 outer_bytes=4 inner_bytes=16", 3, 12),  # word by word
+        ("store format=fp32 region=io a=0 line=0 outer=3 inner=4 outer_bytes=4 inner_bytes=4", 3, 6),
+        (
+            "store format=fp16 region=io a=0 line=0 outer=2 inner=25 outer_bytes=64 inner_bytes=2",
+            2,
+            8,
+        ),  # four rows each
+        ("store format=fp32 region=io a=0 line=0 byte=8 outer=1 inner=4 inner_bytes=40", 3, 6),
+        ("store format=fp32 region=io a=0 line=0 outer=2 inner=4 outer_bytes=4 inner_bytes=640", 8, 16),
+        ("store format=fp32 region=io a=0 line=0 outer=5 inner=0", 0, 1),
     ],
 )
-def test_ddr_moves_whole_lines(access: str, lines: int) -> None:
+def test_ddr_moves_whole_lines_and_a_port_rows(access: str, lines: int, cycles: int) -> None:
     result = run(f"{access}\nhalt")
-    assert slices(result, MEMORY) == [(1, 1 + max(1, 2 * lines))]
+    assert slices(result, MEMORY) == [(1, 1 + cycles)]
     assert result.counters[0].ddr_bytes == 64 * lines
 
 
@@ -176,8 +224,10 @@ def test_ddr_moves_whole_lines(access: str, lines: int) -> None:
         ("n=4", (1, 2), (1, 22), 49),  # one row: requested at 1, there at 21, one step, 26 more
         ("n=16", (1, 5), (1, 25), 52),  # two steps of 2 rows: at 22 and at 24, one folded pair of groups each
         ("n=64", (1, 19), (1, 39), 66),  # 16 rows past the write slots 7 and 15, the last at 18
-        ("n=4 outer=2", (1, 2), (1, 22), 49),  # two vectors on two rows
-        ("n=4 outer=2 inner=2", (1, 2), (1, 23), 50),  # four: two passes
+        ("n=4 outer=2", (1, 2), (1, 23), 50),  # two vectors on two rows; their results are two rows
+        ("n=4 outer=2 inner=2", (1, 2), (1, 25), 52),  # four: two passes, four rows of results
+        ("n=4 outer=2 inner=2 k=16", (1, 3), (1, 29), 56),  # chunks at 21 and 21 + 4
+        ("n=5 outer=8", (1, 3), (1, 37), 64),  # the last step's results too are eight rows
         ("n=5", (1, 3), (1, 23), 50),  # the last step lacks columns but not a row
         ("n=4 format=int8", (1, 2), (1, 22), 49),  # half a row is a row
         ("n=4 format=fp32", (1, 3), (1, 23), 50),
@@ -192,7 +242,48 @@ def test_matmul(fields: str, fetch: tuple[int, int], matrix: tuple[int, int], to
     assert result.total_cycles == total
 
 
-@pytest.mark.parametrize("empty", ["k=0 n=4 outer=1", "k=8 n=0 outer=1", "k=8 n=4 outer=0"])
+def test_results_wider_than_a_row_of_the_register_file() -> None:
+    assert slices(run(f"{MATMUL} n=4 src=256\nhalt", vector__lanes=2), MATRIX) == [(1, 25)]  # 8 columns: four rows
+    assert slices(run(f"{MATMUL} n=12 src=256\nhalt", vector__lanes=4), MATRIX) == [(1, 26)]  # steps at 22 and 24
+
+
+ALL = "patch=column scaling=column add_bias=1 accumulate=1 bias=4096 scale=5120 patch_src=6144 dst=8192"
+
+
+@pytest.mark.parametrize(
+    ("fields", "lanes", "operands", "end"),
+    [
+        ("k=8 n=4 outer=4 inner=2", 8, 8, 17),  # eight vectors: step at 9; row there at 2, hold 8
+        ("k=8 n=4 outer=1 inner=1 scaling=word", 8, 2, 4),  # and a word: step at 3
+        (f"k=8 n=4 outer=4 inner=2 {ALL}", 8, 19, 28),  # 8 + 1, and scale, bias, 8 sums: step at 20
+        ("k=8 n=20 outer=1 inner=1 patch=lane", 8, 4, 8),  # 1 + 3: steps from 5 on
+        ("k=8 n=4 outer=2 inner=1", 4, 4, 7),  # two rows a vector: step at 5, hold 2
+        ("k=24 n=4 outer=8 inner=1", 8, 16, 33),  # steps at 9, 17, 25; hold 4, 4, 8
+    ],
+)
+def test_operands_come_a_row_a_cycle(fields: str, lanes: int, operands: int, end: int) -> None:
+    text = f"matmul format=fp16 region=weights src=256 {fields}\nhalt"
+    result = run(text, hbm__latency=1, vector__lanes=lanes)
+    assert slices(result, MATRIX) == [(1, end)]
+    assert result.causes[0]["matrix"]["operands"] == operands
+
+
+def test_operands_of_a_block_load_while_the_block_before_computes() -> None:
+    # Each block: 1 + 8 + 8 rows. Steps from 18 to 25, and 17 after the first of them, from 35 to 42.
+    text = f"{MATMUL} n=128 src=256 dst=1024 bias=2048 add_bias=1 scale=4096 scaling=column\nhalt"
+    result = run(text, hbm__latency=1)
+    assert slices(result, MATRIX) == [(1, 43)]
+    assert result.causes[0]["matrix"] == {"issue": 1, "compute": 16, "operands": 26, "drain": 27}
+
+
+def test_of_waits_that_end_together_rows_come_before_sums_and_sums_before_operands() -> None:
+    assert run(f"{MATMUL} n=4 src=256\nhalt", hbm__latency=1).causes[0]["matrix"]["weights"] == 1
+    text = "matmul format=fp16 region=weights outer=4 inner=1 k=16 n=4 src=256\nhalt"
+    causes = run(text, hbm__latency=1).causes[0]["matrix"]  # steps at 5 and 5 + 4, both for operands and for the sum
+    assert causes == {"issue": 1, "compute": 6, "accumulate": 2, "operands": 4, "drain": 27}
+
+
+@pytest.mark.parametrize("empty", ["k=8 n=0 outer=1", "k=8 n=4 outer=0"])
 def test_an_empty_matmul_takes_one_cycle_and_no_rows(empty: str) -> None:
     result = run(f"matmul format=fp16 region=weights inner=1 src=256 {empty}\nhalt")
     assert slices(result, FETCH) == []
@@ -215,8 +306,8 @@ def test_accumulation_waits_for_the_sum_of_the_previous_chunk() -> None:
 def test_each_column_group_waits_for_its_own_sum() -> None:
     # Rows requested at 6, 8, 9, 10 arrive at 26, 28, 29, 30. The second chunk's groups may not step before 26 + 3 and
     # 28 + 3, so the last step is at 31 although its row is there at 30.
-    text = "sli\n" * 5 + "matmul format=fp16 region=weights outer=2 inner=1 k=16 n=8 src=256\nhalt"
-    assert slices(run(text, matrix__accumulate_latency=3), MATRIX) == [(6, 32)]
+    text = "sli\n" * 5 + "matmul format=fp16 region=weights outer=1 inner=1 k=16 n=8 src=256\nhalt"
+    assert slices(run(text, matrix__accumulate_latency=3, matrix__rows=1), MATRIX) == [(6, 32)]
 
 
 def test_the_fifo_limits_how_far_requests_run_ahead() -> None:
@@ -227,11 +318,11 @@ def test_the_fifo_limits_how_far_requests_run_ahead() -> None:
     assert result.causes[0]["fetch"] == {"issue": 1, "transfer": 16, "fifo_full": 57, "write_slot": 2, "drain": 47}
 
 
-@pytest.mark.parametrize(("run_ahead", "fetch", "total"), [(True, (2, 3), 76), (False, (48, 49), 96)])
+@pytest.mark.parametrize(("run_ahead", "fetch", "total"), [(True, (2, 3), 77), (False, (48, 49), 96)])
 def test_run_ahead(run_ahead: bool, fetch: tuple[int, int], total: int) -> None:
     result = run(f"{MATMUL} n=4 src=256 dst=512\n{MATMUL} n=4 src=512 dst=1024\nhalt", control__run_ahead=run_ahead)
     assert slices(result, FETCH)[1] == fetch
-    assert slices(result, MATRIX)[1][0] == 48  # done of the first: 22 + 26
+    assert slices(result, MATRIX)[1][0] == 48  # done of the first: 22 + 26; the step follows its operands, at 49
     assert result.total_cycles == total
 
 
@@ -244,6 +335,14 @@ def test_hbm_stores_take_one_write_slot_a_row() -> None:
     assert result.total_cycles == 53
     assert result.causes[0]["memory"] == {"issue": 1, "transfer": 4, "write_slot": 27, "drain": 21}
     assert (result.counters[0].kv_written_bytes, result.counters[0].kv_useful_written_bytes) == (256, 8)
+
+
+def test_an_hbm_store_also_reads_its_words() -> None:
+    text = "store format=fp16 region=kv a=8192 outer=2 inner={} outer_bytes=640 inner_bytes={}\nhalt"
+    result = run(text.format(20, 0))  # one row each, slots 7 and 15, but twice 20 words, one by one
+    assert slices(result, MEMORY) == [(1, 41)]
+    assert result.causes[0]["memory"] == {"issue": 1, "transfer": 2, "write_slot": 38, "drain": 21}
+    assert slices(run(text.format(20, 2)), MEMORY) == [(1, 16)]  # twice three rows of the register file
 
 
 def test_rows_are_not_merged_across_outer() -> None:
@@ -300,6 +399,68 @@ def test_devices_know_rank_and_count() -> None:
     assert result.stores == (StoreRecord(23, 0, 0, 4, 10), StoreRecord(23, 1, 1, 4, 11))
 
 
+# Stalls ------------------------------------------------------------------------------------------------------
+def test_stalls_are_rare_bounded_and_the_same_everywhere() -> None:
+    drawn = np.array([stall(7, 3, HBM_DATA, index) for index in range(20000)])
+    assert (drawn > 0).mean() == pytest.approx(1 / 16, abs=0.01)
+    assert set(drawn) == set(range(25))
+    # Fixed for whoever repeats the hash in another language.
+    first = {i: cycles for i in range(64) if (cycles := stall(1, 0, HBM_REQUEST, i))}
+    assert first == {21: 5, 31: 17, 41: 8, 45: 11, 49: 16}
+    assert len({tuple(stall(*key, i) for i in range(99)) for key in [(1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)]}) == 4
+    assert not any(stall(0, 0, HBM_DATA, index) for index in range(1000))
+
+
+def first_stall(port: int, seed: int) -> int:
+    """The stall of a port's first event on device 0."""
+    return stall(seed, 0, port, 0)
+
+
+def seeds_that_stall(port: int) -> list[int]:
+    """Some seeds that delay the first event of a port on device 0, and of the other ports nothing near."""
+    others = [other for other in range(5) if other != port]
+    found = []
+    for seed in range(1, 4000):
+        if first_stall(port, seed) and not any(stall(seed, d, o, i) for d in (0, 1) for o in others for i in range(3)):
+            found.append(seed)
+    return found[:3]
+
+
+@pytest.mark.parametrize("port", [HBM_REQUEST, HBM_DATA, DDR_REQUEST])
+def test_a_stalled_row_or_line_is_late(port: int) -> None:
+    for seed in seeds_that_stall(port):
+        late = first_stall(port, seed)
+        if port == DDR_REQUEST:
+            result = run("load format=fp32 region=io dst=0 n=8\nhalt", stall_seed=seed)
+            assert slices(result, MEMORY) == [(1, 3 + late)]
+            assert result.causes[0]["memory"]["transfer"] == 2 + late
+            continue
+        result = run(f"{MATMUL} n=4 src=256\nhalt", stall_seed=seed)
+        request = 1
+        if port == HBM_REQUEST:
+            request += late
+            request += request % 8 == 7
+            assert result.causes[0]["fetch"]["transfer"] == 1 + late
+        assert slices(result, FETCH) == [(request, request + 1)]
+        assert slices(result, MATRIX) == [(1, request + 21 + (late if port == HBM_DATA else 0))]
+
+
+def test_a_late_row_holds_up_those_behind_it() -> None:
+    seed = seeds_that_stall(HBM_DATA)[0]
+    assert not stall(seed, 0, HBM_DATA, 1)
+    late = first_stall(HBM_DATA, seed)  # two rows: there at 21 + late, and one later
+    assert slices(run(f"{MATMUL} n=8 src=256\nhalt", stall_seed=seed), MATRIX) == [(1, 23 + late)]
+
+
+def test_a_stalled_block_is_late_on_its_way_round() -> None:
+    seed = next(s for s in seeds_that_stall(LINK_CW) if not stall(s, 1, LINK_CW, 0))
+    result = run("gather dst=0 a=8192 n=8\nhalt", 2, stall_seed=seed)
+    late = first_stall(LINK_CW, seed)  # only device 1 waits for it; device 0 until it has sent
+    assert slices(result, RING, 1) == [(1, 30 + late)]
+    assert slices(result, RING, 0) == [(1, max(30, 10 + late))]
+    assert result.causes[1]["ring"]["skew"] == late
+
+
 # Errors and the trace ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("text", "message"),
@@ -312,6 +473,8 @@ def test_devices_know_rank_and_count() -> None:
         ("vread rd=r3 a=16384\nhalt", "REGISTER_BOUNDS"),
         ("vadd n=-1\nhalt", "COUNT"),
         ("matmul outer=1 inner=1 k=65537 n=1\nhalt", "COUNT"),
+        ("matmul outer=1 inner=1 k=0 n=1\nhalt", "COUNT"),
+        ("matmul outer=3 inner=3 k=1 n=1\nhalt", "COUNT"),
         ("matmul outer=-1 inner=1 k=1 n=1\nhalt", "COUNT"),
         ("matmul region=io outer=1 inner=1 k=1 n=1\nhalt", "REGION_ACCESS"),
         ("matmul line=-1 outer=1 inner=1 k=1 n=1\nhalt", "REGION_BOUNDS"),
@@ -337,6 +500,8 @@ def test_bad_arguments_stop_with_one_line() -> None:
         run_timing(program, TINY, 0, np.zeros((0, 4), np.int32))
     with pytest.raises(TypebarError, match=r"shape \[1, 4\]: give one row for each of 2 devices"):
         run_timing(program, TINY, 2, np.zeros((1, 4), np.int32))
+    with pytest.raises(TypebarError, match="stall_seed = 4294967296 is outside 0 to 4294967295"):
+        run_timing(program, TINY, 1, np.zeros((1, 4), np.int32), stall_seed=1 << 32)
 
 
 def test_a_fifo_that_cannot_hold_one_step_is_refused() -> None:

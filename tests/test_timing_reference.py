@@ -1,13 +1,13 @@
 """The timing simulator against an independent reference that steps through the contract cycle by cycle.
 
-The reference shares no formula with the simulator: it enumerates bytes and rows, keeps real queues and a FIFO, and
-asks in every cycle what may happen in that cycle.
+The reference shares no formula with the simulator, only the seeded stalls of the world outside: it enumerates bytes and
+rows, keeps real queues and a FIFO, and asks in every cycle what may happen in that cycle.
 """
 
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,9 +17,29 @@ from hypothesis import strategies as st
 from typebar.isa.errors import TypebarError
 from typebar.isa.machine import Machine
 from typebar.isa.program import Op, Operand, Program, op
+from typebar.isa.timing import stall
 from typebar.sim.timing import TimingResult, run_timing
 
 SIZES = (2, 2, 1, 4)
+REDUCTIONS = ("vsum", "vsumsq", "vrmax", "vargmax")
+UNITS = ("matrix", "vector", "memory", "ring")
+CHARGED = [(unit, cause) for unit in UNITS for cause in ("issue", *UNITS)]
+CHARGED += [("memory", "fetch"), ("matrix", "compute"), ("matrix", "weights"), ("matrix", "accumulate")]
+CHARGED += [("matrix", "operands")]
+"""Causes that the reference works out, cycle for cycle."""
+
+
+@dataclass
+class Step:
+    """A step of a matmul: rows needed and freed, its column group, whether it opens a column block, the cycles it
+    holds, and, if it opens a chunk, the cycles that the chunk's operands take to load."""
+
+    needed: int
+    freed: int
+    group: int
+    first: bool
+    hold: int
+    load: int = 0
 
 
 @dataclass(eq=False)
@@ -37,8 +57,10 @@ class Instruction:
     rows: tuple[int, int] | None = None
     row_waits: list[Instruction] = field(default_factory=list)
     requests: list[int] = field(default_factory=list)
-    steps: list[tuple[int, int, int, bool]] = field(default_factory=list)  # rows needed, freed, chunk group, first
+    usable: list[int] = field(default_factory=list)  # cycle from which each requested row's bytes are there
+    steps: list[Step] = field(default_factory=list)
     left: int = 0
+    loading: int = -1  # cycle in which the next chunk's operands began to load
     stepped: int = 0
     groups: dict[int, int] = field(default_factory=dict)
     reads: set[int] = field(default_factory=set)
@@ -53,8 +75,8 @@ def ceil(a: int, b: int) -> int:
 
 
 class Device:
-    def __init__(self, rank: int, ring: list[Device], program: Program, m: Machine) -> None:
-        self.rank, self.ring, self.program, self.m = rank, ring, program, m
+    def __init__(self, rank: int, ring: list[Device], program: Program, m: Machine, seed: int) -> None:
+        self.rank, self.ring, self.program, self.m, self.seed = rank, ring, program, m, seed
         self.registers = [0] * 32
         self.registers[1] = rank
         self.pc, self.next_issue, self.halted = 0, 0, -1
@@ -69,7 +91,11 @@ class Device:
         self.requested = 0
         self.request_cycle: dict[int, int] = {}  # by running row number
         self.fetch_counts = {"transfer": 0, "fifo_full": 0, "write_slot": 0}
-        self.compute = 0
+        self.request_delay = -1  # cycles by which the next request is still delayed; -1: not drawn
+        self.last_usable = 0
+        self.lines = 0
+        self.waited: Counter[tuple[str, str]] = Counter()  # cycles by unit and cause
+        self.last_reduction: Instruction | None = None
         self.gathers: list[Instruction] = []
         self.arrivals: dict[tuple[int, int, int], int] = {}  # (gather, direction, block) -> cycle
         self.sends: dict[tuple[int, int], list[int]] = {}  # (gather, direction) -> start cycles
@@ -140,12 +166,13 @@ class Device:
         v, m = i.values, self.m
         e, lanes, width = SIZES[self.flag(i, "format")], m.matrix.lanes, m.column_block
         vectors, k, n = v["outer"] * v["inner"], v["k"], v["n"]
-        if not (vectors and k and n):
+        if not (vectors and n):
             return
         fold = m.fold(vectors, e)
         port = ceil(fold * m.matrix.columns * lanes * e, m.matrix.fifo_port_bytes)
-        i.left = max(ceil(vectors, m.matrix.rows), port)
         per_step, rows_so_far, freed, chunks = fold * m.matrix.columns, 0, 0, ceil(k, lanes)
+        hold = max(ceil(vectors, m.matrix.rows), port)
+        results = vectors * len(range(0, per_step, m.vector.lanes))
         last_byte = 0
         for block in range(ceil(n, width)):
             columns = min(width, n - block * width)
@@ -154,16 +181,31 @@ class Device:
                 base = v["line"] * 64 + (block * chunks * width + chunk * stored) * lanes * e
                 assert base % m.row_bytes == 0
                 last_byte = base + columns * lanes * e - 1
+                load = self.operand_rows(i, columns, chunk == 0)
                 for group, first in enumerate(range(0, columns, per_step)):
                     end = min(first + per_step, columns) * lanes * e
                     needed = (end - 1) // m.row_bytes + 1
                     gone = needed if end == columns * lanes * e else end // m.row_bytes
-                    i.steps.append((rows_so_far + needed, rows_so_far + gone - freed, group, chunk == 0))
+                    held = max(hold, results) if chunk == chunks - 1 else hold
+                    step = Step(rows_so_far + needed, rows_so_far + gone - freed, group, chunk == 0, held)
+                    step.load = load if group == 0 else 0
+                    i.steps.append(step)
                     freed = rows_so_far + gone
                 rows_so_far += ceil(columns * lanes * e, m.row_bytes)
         if i.op.get("region") == 1:
             i.rows = (v["line"] * 64 // m.row_bytes, last_byte // m.row_bytes)
         self.fetch_queue.append(i)
+
+    def operand_rows(self, i: Instruction, columns: int, opens_block: bool) -> int:
+        """Rows of the register file read for a chunk: its part of each vector, and the epilogue's for the block."""
+        v, width, rows = i.values, self.m.vector.lanes, 0
+        vectors, patch, scaling = v["outer"] * v["inner"], self.flag(i, "patch"), self.flag(i, "scaling")
+        for _ in range(vectors + (patch == 1)):
+            rows += len(range(0, self.m.matrix.lanes, width))
+        if opens_block:
+            whole = [scaling == 2, self.flag(i, "add_bias"), patch == 2, *[self.flag(i, "accumulate")] * vectors]
+            rows += sum(map(bool, whole)) * len(range(0, columns, width)) + (scaling == 1)
+        return rows
 
     def bytes_of(self, i: Instruction) -> list[list[int]]:
         """Byte addresses of every element, one list for each outer count."""
@@ -193,22 +235,37 @@ class Device:
             if not queue or self.current[unit] or c < self.busy_until[unit] or c <= queue[0].issued:
                 continue
             i = queue[0]
-            if not all(w.complete(c) for w in i.waits):
+            reduction = self.last_reduction if i.op.kind.name in REDUCTIONS else None
+            if not all(w.complete(c) for w in i.waits) or (reduction and not reduction.complete(c)):
                 continue
             if unit == "MEMORY" and any(w.over < 0 or w.over > c for w in i.row_waits):
                 continue
             queue.popleft()
             i.start = c
+            self.charge_idle(i, unit, c, [*i.waits, reduction] if reduction else i.waits)
+            if i.op.kind.name in REDUCTIONS:
+                self.last_reduction = i
             getattr(self, f"start_{unit.lower()}")(i, c)
+
+    def charge_idle(self, i: Instruction, unit: str, c: int, waits: list[Instruction]) -> None:
+        """Charge the idle cycles before a start to what ended them."""
+        causes = [w.op.kind.unit for w in waits if w.done == c]
+        cause = "fetch"
+        if c == i.issued + 1:
+            cause = "issue"
+        elif causes:
+            cause = min(causes).name.lower()
+        self.waited[unit.lower(), cause] += c - self.busy_until[unit]
+
+    def stall(self, port: int, index: int) -> int:
+        return stall(self.seed, self.rank, port, index)
 
     def start_vector(self, i: Instruction, c: int) -> None:
         v, name = self.m.vector, i.op.kind.name
         beats = max(1, ceil(i.values.get("n", 1), v.lanes))
         tree = v.add_latency * (v.lanes.bit_length() - 1 + (beats - 1).bit_length())
-        latency = {"vmul": v.multiply_latency, "vunary": v.unary_latency, "vsum": tree, "vrmax": tree}
-        latency |= {"vargmax": tree, "vsumsq": tree + v.multiply_latency}
         self.occupy(i, c + beats)
-        self.finish(i, c + beats + latency.get(name, v.add_latency))
+        self.finish(i, c + beats + v.latency + (tree if name in REDUCTIONS else 0))
 
     def occupy(self, i: Instruction, end: int) -> None:
         unit = i.op.kind.unit.name
@@ -219,27 +276,45 @@ class Device:
         places = self.bytes_of(i)
         if i.op.kind.name == "store" and i.op.get("region") == 1:
             i.left = sum(len({b // self.m.row_bytes for b in run}) for run in places)
+            i.loading = c + sum(max(self.pieces(i), n) for n in self.lines_of(i, places))
             if i.left:
                 self.current["MEMORY"] = i
             else:
                 self.occupy(i, c + 1)
                 self.finish(i, c + 1 + self.m.hbm.latency)
             return
-        e = 4 if i.op.kind.name[0] == "s" and i.op.kind.name != "store" else SIZES[self.flag(i, "format")]
-        lines = sum(len({b // 64 for b in run} | {(b + e - 1) // 64 for b in run}) for run in places)
-        beats = max(1, ceil(64 * lines, self.m.ddr.bytes_per_cycle))
+        lines, each = self.lines_of(i, places), 64 // self.m.ddr.bytes_per_cycle
+        if i.op.kind.name in ("load", "sload"):
+            beats = sum(each + self.stall(2, self.lines + j) for j in range(sum(lines)))
+            beats = max(1, beats, len(range(0, i.values.get("n", 1), self.m.vector.lanes)))
+            self.lines += sum(lines)
+        else:
+            beats = max(1, sum(max(self.pieces(i), n * each) for n in lines))
         self.occupy(i, c + beats)
         self.finish(i, c + beats + self.m.ddr.latency)
         if i.op.kind.name == "sstore" and i.op.get("region") == 4:
             v = i.values
             self.log.append((i.done, self.rank, v["line"], v["byte"], v["value"]))
 
+    def lines_of(self, i: Instruction, places: list[list[int]]) -> list[int]:
+        """Lines that each outer row touches."""
+        e = 4 if i.op.kind.name[0] == "s" and i.op.kind.name != "store" else SIZES[self.flag(i, "format")]
+        return [len({b // 64 for b in run} | {(b + e - 1) // 64 for b in run}) for run in places]
+
+    def pieces(self, i: Instruction) -> int:
+        """Reads of the register file for one outer row of a store."""
+        if i.op.kind.name == "sstore":
+            return 0
+        together = i.values["inner_bytes"] == SIZES[self.flag(i, "format")]
+        return len(range(0, i.values["inner"], self.m.vector.lanes if together else 1))
+
     def start_matrix(self, i: Instruction, c: int) -> None:
         x = self.m.matrix
         if i.steps:
             self.current["MATRIX"] = i
+            self.busy_until["MATRIX"] = i.loading = c
         else:
-            self.compute += 1
+            self.waited["matrix", "compute"] += 1
             self.occupy(i, c + 1)
             self.finish(i, c + 1 + x.dot_latency + x.accumulate_latency + x.epilogue_latency)
 
@@ -249,9 +324,9 @@ class Device:
 
     def step_memory(self, c: int) -> None:
         i = self.current["MEMORY"]
-        if i and self.is_write_slot(c):
-            i.left -= 1
-            if i.left == 0:
+        if i:
+            i.left -= self.is_write_slot(c)
+            if i.left <= 0 and c + 1 >= i.loading:
                 self.occupy(i, c + 1)
                 self.finish(i, c + 1 + self.m.hbm.latency)
                 self.current["MEMORY"] = None
@@ -267,13 +342,22 @@ class Device:
         held = self.requested - sum(end < c for end in self.row_ends)
         if held >= self.m.hbm.fifo_bytes // self.m.row_bytes:
             self.fetch_counts["fifo_full"] += 1
+            return
+        if self.request_delay < 0:
+            self.request_delay = self.stall(0, self.requested)
+        if self.request_delay > 0:
+            self.request_delay -= 1
+            self.fetch_counts["transfer"] += 1
         elif self.is_write_slot(c):
             self.fetch_counts["write_slot"] += 1
         else:
             self.fetch_counts["transfer"] += 1
             i.requests.append(c)
+            self.last_usable = max(self.last_usable + 1, c + self.m.hbm.latency + self.stall(1, self.requested))
+            i.usable.append(self.last_usable)
             self.requested += 1
-            if len(i.requests) == i.steps[-1][0]:
+            self.request_delay = -1
+            if len(i.requests) == i.steps[-1].needed:
                 i.over = c + 1
                 self.slices.append((self.rank, "fetch", i.requests[0], c + 1, i.pc))
                 self.fetch_queue.popleft()
@@ -282,16 +366,26 @@ class Device:
         i, x = self.current["MATRIX"], self.m.matrix
         if not i or c < self.busy_until["MATRIX"]:
             return
-        needed, freed, group, first = i.steps[i.stepped]
-        if len(i.requests) < needed or c < i.requests[needed - 1] + self.m.hbm.latency:
+        step = i.steps[i.stepped]
+        if len(i.requests) < step.needed:
             return
-        if not first and c < i.groups[group] + x.accumulate_latency:
+        ready = {"weights": i.usable[step.needed - 1]}
+        if not step.first:
+            ready["accumulate"] = i.groups[step.group] + x.accumulate_latency
+        if step.load:
+            ready["operands"] = i.loading + step.load
+        if c < max(ready.values()):
             return
-        i.groups[group] = c
+        if c > self.busy_until["MATRIX"]:
+            cause = next(name for name, cycle in ready.items() if cycle == c)
+            self.waited["matrix", cause] += c - self.busy_until["MATRIX"]
+        if step.load:
+            i.loading = c
+        i.groups[step.group] = c
         i.stepped += 1
-        end = c + i.left
-        self.compute += i.left
-        self.row_ends += [end] * freed
+        end = c + step.hold
+        self.waited["matrix", "compute"] += step.hold
+        self.row_ends += [end] * step.freed
         self.busy_until["MATRIX"] = end
         if i.stepped == len(i.steps):
             self.occupy(i, end)
@@ -313,13 +407,14 @@ class Device:
             here = (
                 i.start + self.m.ring.setup_latency if block == 0 else self.arrivals.get((number, direction, block), -1)
             )
-            free = sends[-1] + cycles if sends else 0
+            takes = [cycles + self.stall(3 + direction, number * hops[direction] + j) for j in range(devices)]
+            free = sends[-1] + takes[block - 1] if sends else 0
             if block < hops[direction] and 0 <= here <= c and free <= c:
                 sends.append(c)
                 neighbour = self.ring[(self.rank + (1 if direction == 0 else -1)) % devices]
-                neighbour.arrivals[number, direction, block + 1] = c + cycles + self.m.ring.hop_latency
+                neighbour.arrivals[number, direction, block + 1] = c + takes[block] + self.m.ring.hop_latency
             whole = whole and len(sends) == hops[direction]
-            last = max([last, *(s + cycles for s in sends)])
+            last = max([last, *(s + took for s, took in zip(sends, takes, strict=False))])
             for j in range(1, hops[direction] + 1):
                 arrival = self.arrivals.get((number, direction, j), -1)
                 whole, last = whole and arrival >= 0, max(last, arrival)
@@ -388,10 +483,10 @@ class Device:
         self.every.append(i)
 
 
-def reference(program: Program, m: Machine, devices: int, limit: int = 200_000) -> tuple[list[Device], int]:
+def reference(program: Program, m: Machine, devices: int, seed: int, limit: int = 200_000) -> tuple[list[Device], int]:
     ring: list[Device] = []
     for rank in range(devices):
-        ring.append(Device(rank, ring, program, m))
+        ring.append(Device(rank, ring, program, m, seed))
         ring[-1].registers[2] = devices
     for c in range(limit):
         for d in ring:
@@ -425,14 +520,13 @@ def random_machine(rng: random.Random) -> Machine:
             "matrix.epilogue_latency": pick([1, 9]),
             "vector.words": 512,
             "vector.segments": pick([8, 16]),
-            "vector.lanes": pick([1, 4, 8]),
+            "vector.lanes": pick([2, 4, 8]),
+            "vector.latency": pick([1, 5, 14]),
             "vector.add_latency": pick([1, 4]),
-            "vector.multiply_latency": pick([1, 5]),
-            "vector.unary_latency": pick([2, 11]),
             "hbm.latency": pick([1, 7, 30]),
             "hbm.rows_per_write_slot": pick([1, 2, 5]),
             "hbm.fifo_bytes": pick([256, 512, 1024, 4096]),
-            "ddr.bytes_per_cycle": pick([16, 100]),
+            "ddr.bytes_per_cycle": pick([4, 16, 64]),
             "ddr.latency": pick([1, 25]),
             "ring.megabits_per_second": pick([1600, 12800]),
             "ring.hop_latency": pick([1, 20]),
@@ -452,7 +546,7 @@ def random_machine(rng: random.Random) -> Machine:
 
 def random_matmul(rng: random.Random) -> Op:
     outer, inner = rng.choice([(1, 1), (1, 1), (2, 1), (1, 3), (2, 3), (0, 1)])
-    k, n = rng.choice([0, 5, 8, 20, 33]), rng.choice([0, 3, 8, 16, 17, 40])
+    k, n = rng.choice([1, 5, 8, 20, 33]), rng.choice([0, 3, 8, 16, 17, 40])
     return op(
         "matmul",
         format=rng.randrange(4),
@@ -555,7 +649,10 @@ def compare(result: TimingResult, ring: list[Device], total: int) -> None:
     )
     for d, causes, counters in zip(ring, result.causes, result.counters, strict=True):
         assert {key: causes["fetch"].get(key, 0) for key in d.fetch_counts} == d.fetch_counts
-        assert causes["matrix"].get("compute", 0) == d.compute
+        for (unit, cause), cycles in d.waited.items():
+            assert causes[unit].get(cause, 0) == cycles, (unit, cause)
+        total_waited = sum(d.waited.values())
+        assert total_waited == sum(causes[unit].get(cause, 0) for unit, cause in CHARGED)
         fetched = counters.weights_fetched_bytes + counters.kv_fetched_bytes
         assert fetched == d.requested * d.m.row_bytes
 
@@ -563,8 +660,10 @@ def compare(result: TimingResult, ring: list[Device], total: int) -> None:
 def check(seed: int) -> None:
     rng = random.Random(seed)
     machine, program, devices = random_machine(rng), random_program(rng), rng.randint(1, 4)
-    result = run_timing(program, machine, devices, np.zeros((devices, 0), np.int32), trace=True)
-    compare(result, *reference(program, machine, devices))
+    stalls = rng.choice([0, 0, rng.randrange(1, 1 << 32)])
+    io = np.zeros((devices, 0), np.int32)
+    result = run_timing(program, machine, devices, io, trace=True, stall_seed=stalls)
+    compare(result, *reference(program, machine, devices, stalls))
 
 
 @settings(max_examples=250, deadline=None)
