@@ -368,7 +368,7 @@ class Steps(wiring.Component):
         m.d.comb += [
             self.drain.eq(drain),
             self.drain.valid.eq(running),
-            self.drain.mask.eq(Mux(single, Const(1, g.words) << alone, present)),
+            self.drain.mask.eq(Mux(single, present[0] << alone, present)),
             self.drain.keep.eq(Mux(masked, Mux(single, keep[0].replicate(g.words), keep), everywhere)),
         ]
 
