@@ -40,6 +40,8 @@ PIPELINE_CYCLES = 2
 """Of a hop's latency, the cycles that the two units spend; the rest is the link's."""
 LEAST_SETUP_CYCLES = READ_CYCLES + 2
 """From an instruction's start to its first row in a sender's memory."""
+CREDIT_CYCLES = 8
+"""More than the units add to two hops between a row's sending and the return of its place."""
 HOP_BITS = (MAX_DEVICES // 2).bit_length()
 LEAST_PLACES = MAX_DEVICES
 """Rows that a receiver holds even on the smallest register file: a gather of nothing still sends a row a block."""
@@ -50,20 +52,24 @@ def link_cycles(machine: Machine) -> int:
     return machine.ring.hop_latency - PIPELINE_CYCLES
 
 
-def places(machine: Machine) -> int:
-    """Rows that a receiver holds: half the register file or more, since no gather brings more from one side.
-
-    A gather of n words leaves room for its operand: (devices + 1) n words at most, and devices // 2 blocks come from
-    one side. What is left of the gather before drains at least as fast as the next one's rows come in.
-    """
-    return max(LEAST_PLACES, 1 << (file_rows(machine) // 2 - 1).bit_length())
-
-
 def pace(machine: Machine) -> tuple[int, int]:
     """Cycles that a link takes for one row of the register file, as a fraction in lowest terms, 1 or more."""
     cycles, over = 32 * machine.vector.lanes * machine.clock_mhz, machine.ring.megabits_per_second
     common = gcd(cycles, over)
     return cycles // common, over // common
+
+
+def places(machine: Machine) -> int:
+    """Rows that a receiver holds, so that a sender with its rows due never waits for a place at fixed latency.
+
+    Before its own start a device receives half the register file at most: devices // 2 blocks from one side, and
+    devices + 1 lie in the file. Otherwise a place is taken for the time that a row and its credit travel, and for a
+    block's more if the row waits to be sent on (from four devices: a fifth of the file at most) or for the port.
+    """
+    cycles, over = pace(machine)
+    travelling = -(-(2 * machine.ring.hop_latency + CREDIT_CYCLES) * over // cycles)
+    least = max(LEAST_PLACES, file_rows(machine) // 2, file_rows(machine) // 4 + travelling)
+    return 1 << (least - 1).bit_length()
 
 
 class Pacer(wiring.Component):

@@ -7,7 +7,20 @@ from typing import Any
 
 import numpy as np
 from amaranth.back import verilog
-from amaranth.hdl import Array, Cat, ClockSignal, Const, Instance, Module, Mux, ResetSignal, Shape, Signal, Value
+from amaranth.hdl import (
+    Array,
+    Cat,
+    ClockSignal,
+    Const,
+    Instance,
+    Module,
+    Mux,
+    ResetSignal,
+    Shape,
+    Signal,
+    Value,
+    unsigned,
+)
 from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -30,7 +43,7 @@ class RingBench(wiring.Component):
     """`MOST` devices; of each, inputs and outputs by name with its number at the end. All outputs are a cycle late."""
 
     def __init__(self, machine: Machine, seed: int) -> None:
-        self.machine, self.seed = machine, seed
+        self.machine, self.seed, self.unit = machine, seed, RingUnit(machine)
         rows, row_bits = file_rows(machine), 32 * machine.vector.lanes
         members: dict[str, Any] = {
             "devices": In(4), "stalls": In(1), "jitter": In(2 * MOST),
@@ -48,7 +61,7 @@ class RingBench(wiring.Component):
 
     def elaborate(self, platform: object) -> Module:
         self._m = m = Module()
-        signature = RingUnit(self.machine).signature
+        signature = self.unit.signature
         self._units = [signature.create(path=(f"unit_{device}",)) for device in range(MOST)]
         links: dict[tuple[int, str], tuple[Value, Value]] = {}
         for device, unit in enumerate(self._units):
@@ -141,12 +154,17 @@ class RingBench(wiring.Component):
         self._m.d.comb += [link.payload.eq(line[:width]), link.valid.eq(line[width])]
 
     def _delayed(self, value: Value) -> Value:
-        """A value `link_cycles` later."""
-        for _ in range(link_cycles(self.machine)):
-            following = Signal(len(value))
-            self._m.d.sync += following.eq(value)
-            value = following
-        return value
+        """A value `link_cycles` later, through a memory that is read before it is written."""
+        m, cycles, width = self._m, link_cycles(self.machine), len(value)
+        if cycles == 1:
+            register = Signal(width)
+            m.d.sync += register.eq(value)
+            return register
+        m.submodules += (line := Memory(shape=unsigned(width), depth=cycles - 1, init=[]))
+        write, read, place = line.write_port(), line.read_port(), Signal(range(max(2, cycles - 1)))
+        m.d.sync += place.eq(Mux(place == cycles - 2, 0, place + 1))
+        m.d.comb += [write.en.eq(1), write.addr.eq(place), write.data.eq(value), read.addr.eq(place)]
+        return read.data
 
 
 class Ring:
@@ -156,7 +174,7 @@ class Ring:
         self.machine = machine
         bench = RingBench(machine, seed)
         text = verilog.convert(bench, name="bench", emit_src=False)
-        text += verilog.convert(RingUnit(machine), name=UNIT, emit_src=False)
+        text += verilog.convert(bench.unit, name=UNIT, emit_src=False)
         sides: tuple[dict[str, int], dict[str, int]] = {"rst": 1}, {}
         for name, member in bench.signature.members.items():
             sides[member.flow is not In][name] = Shape.cast(member.shape).width

@@ -157,7 +157,10 @@ def _check_times(machine: Machine, plan: Plan, out: dict[str, U32Array]) -> None
         assert not out[f"mismatch_{d}"].any()
 
 
-@pytest.fixture(scope="module", params=list(MACHINES))
+@pytest.fixture(
+    scope="module",
+    params=["tiny", "full rate, short hops", pytest.param("a row a cycle, long hops", marks=pytest.mark.long)],
+)
 def ring(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ring:
     machine = Machine.load("tiny").override(MACHINES[request.param])
     return Ring(machine, tmp_path_factory.mktemp("ring"), SEED)
