@@ -37,6 +37,7 @@ from typebar.isa.timing import (
     vector_occupancy,
 )
 from typebar.sim.functional import DeviceMemory, FunctionalSimulator
+from typebar.sim.timing import run_timing
 from typebar.tests.hw.flat import Flat, shared_text
 from typebar.tests.hw.native import NativeModel
 
@@ -116,7 +117,7 @@ def contents(machine: Machine, rng: np.random.Generator) -> U32Array:
     bits = rng.integers(0, 1 << 32, words, dtype=np.uint32)
     moderate = bits & 0x807FFFFF | rng.integers(118, 136, words).astype(np.uint32) << 23
     few = rng.choice(np.array([0, 0x80000000, 0x80000003, 0x3F800000, 0xBF800000], np.uint32), words)
-    kinds = [bits, moderate, moderate, rng.choice(CORNERS, words), few, np.full(words, 0x80000000, np.uint32)]
+    kinds = [bits, moderate, moderate, few, rng.choice(CORNERS, words), few, np.full(words, 0x80000000, np.uint32)]
     kind = np.repeat(rng.integers(0, len(kinds), words // 64), 64)
     return np.choose(kind, kinds).astype(np.uint32)
 
@@ -192,23 +193,24 @@ def fields_of(item: Op) -> tuple[list[int], list[int]]:
     return modifiers, values
 
 
-def expect(machine: Machine, program: list[Op], rng: np.random.Generator) -> Expected:
-    """docs/timing.md for a vector unit on its own, with random issue times and random hazards of other units."""
+def expect(machine: Machine, program: list[Op], rng: np.random.Generator, alone: bool = False) -> Expected:
+    """docs/timing.md for a vector unit, unless `alone` with random issue times and random hazards of other units."""
     p, result = timing_parameters(machine), Expected()
     segment_done = [0] * machine.vector.segments
     ranges = np.zeros((MAX_ACCESSES, 3), np.int64)
-    free = done = reduced = issue = 0
+    free = done = reduced = 0
+    issue = -1
     for item in program:
         modifiers, values = fields_of(item)
         opcode = item.kind.opcode
-        issue += 1 if rng.random() < 0.8 else int(rng.integers(1, 40))
+        issue += 1 if alone or rng.random() < 0.8 else int(rng.integers(1, 40))
         waits = {Cause.VECTOR: 0}
         touched = []
         for first, words, written in ranges[: vector_accesses(opcode, modifiers, values, ranges)].tolist():
             segments = range(first // machine.segment_words, (first + words - 1) // machine.segment_words + 1)
             waits[Cause.VECTOR] = max(waits[Cause.VECTOR], *(segment_done[segment] for segment in segments))
             touched += [segment for segment in segments if written]
-        if rng.random() < 0.2:
+        if not alone and rng.random() < 0.2:
             other = Cause(rng.choice([Cause.MATRIX, Cause.MEMORY, Cause.RING]))
             waits[other] = int(rng.choice([issue + rng.integers(0, 30), reduced]))
         ready = max(waits.values())
@@ -352,6 +354,14 @@ def check(built: Built, seed: int, count: int) -> None:
     assert pcs[:1] == ([event.pc] if event else [])
     assert all(program[pc].kind.name == "vargmax" for pc in pcs)
     assert not outputs["conflict"].any()
+
+
+def test_the_rules_are_those_of_the_timing_simulator() -> None:
+    machine, rng = Machine.load("tiny"), np.random.default_rng(3)
+    program = random_program(machine, rng, 2 * INSTRUCTIONS)
+    timed = run_timing(Program([*program, op("halt")]), machine, 1, np.zeros((1, 1), np.int32), trace=True)
+    assert timed.trace is not None
+    assert timed.trace.start.tolist() == expect(machine, program, rng, alone=True).start
 
 
 @pytest.mark.parametrize("seed", range(RUNS))
