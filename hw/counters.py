@@ -33,7 +33,8 @@ class CauseCounters(wiring.Component):
     """Cycles of one unit by cause: counts lengths of runs and adds each to its cause's sum when it ends.
 
     `counting`: this cycle of `activity` belongs to the run. An idle stretch belongs to `waited` of the active cycle
-    that ends it, the last one, when `counting` ends, to DRAIN. `clear` sets all to 0. `value` is that of cause
+    that ends it, the last one, when `counting` ends, to DRAIN. `begins` ends a stretch in the same way before a cycle
+    that may itself be idle. `clear` sets all to 0. `value` is that of cause
     `select`, a cycle after the run's last at the latest.
     """
 
@@ -44,6 +45,7 @@ class CauseCounters(wiring.Component):
                 "clear": In(1),
                 "counting": In(1),
                 "activity": In(activity_layout()),
+                "begins": In(1),
                 "select": In(CAUSE_BITS),
                 "value": Out(COUNTER_BITS),
             }
@@ -59,7 +61,7 @@ class CauseCounters(wiring.Component):
         same, ended, charged = Signal(), Signal(), Signal(CAUSE_BITS)
         now = self.activity
         m.d.comb += [
-            same.eq(Mux(idle, ~now.active, now.active & (now.cause == cause))),
+            same.eq(~self.begins & Mux(idle, ~now.active, now.active & (now.cause == cause))),
             ended.eq(running & ~(self.counting & same)),
             charged.eq(Mux(idle, Mux(self.counting, now.waited, int(Cause.DRAIN)), cause)),
             own.addr.eq(charged),
@@ -87,8 +89,8 @@ class Totals(wiring.Component):
     """Sums over a run, in the order of TOTAL_NAMES.
 
     `counting` and `committed` count cycles and instructions; `matrix`, `memory` and `ring` with their `started` are
-    instructions as they start, `fetched` a row of either HBM region requested, `row_written` and `lines` memory traffic
-    of this cycle. `value` is that of total `select`; starts count four cycles later.
+    instructions as they start, `fetched` a row of either HBM region requested, `rows_written` and `lines` what stores
+    and DDR accesses move in this cycle. `value` is that of total `select`; starts count four cycles later.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -104,7 +106,7 @@ class Totals(wiring.Component):
                 **{f"{name}_started": In(1) for name in units},
                 "devices": In(DEVICE_BITS),
                 "fetched": In(len(HBM_REGIONS)),
-                "row_written": In(1),
+                "rows_written": In(2),
                 "lines": In(2),
                 "select": In(CAUSE_BITS),
                 "value": Out(COUNTER_BITS),
@@ -121,7 +123,7 @@ class Totals(wiring.Component):
             "instructions": self.committed,
             "weights_fetched_bytes": self.fetched[Region.WEIGHTS] << row,
             "kv_fetched_bytes": self.fetched[Region.KV] << row,
-            "kv_written_bytes": self.row_written << row,
+            "kv_written_bytes": self.rows_written << row,
             "ddr_bytes": self.lines << line,
             **self._matmul(),
             **self._store(),
@@ -196,6 +198,7 @@ class Counters(wiring.Component):
     """All counters of a device; `activity_*` by UNIT_NAMES, `select` a unit and a cause, or beyond them a total.
 
     `begin` clears; `counting` is set in the run's cycles. A unit in `delays` reports each cycle that much later.
+    `matrix_begins`: the matrix unit starts an instruction, whose first cycles may be idle too.
     """
 
     def __init__(self, machine: Machine, delays: Mapping[str, int]) -> None:
@@ -210,6 +213,7 @@ class Counters(wiring.Component):
                 "begin": In(1),
                 "counting": In(1),
                 **{f"activity_{name}": In(activity_layout()) for name in UNIT_NAMES},
+                "matrix_begins": In(1),
                 **inner,
                 "select": In(SELECT_BITS),
                 "value": Out(COUNTER_BITS),
@@ -238,6 +242,8 @@ class Counters(wiring.Component):
                 counters.activity.eq(getattr(self, f"activity_{name}")),
                 counters.select.eq(cause),
             ]
+            if name == "matrix":
+                m.d.comb += counters.begins.eq(self.matrix_begins)
             values.append(counters.value)
         m.d.comb += totals.select.eq(cause)
         m.d.comb += self.value.eq(Array([*values, totals.value, Const(0)])[unit])

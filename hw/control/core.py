@@ -19,7 +19,7 @@ from typebar.hw.control.queue import TicketQueue
 from typebar.hw.control.scalar import ScalarUnit
 from typebar.hw.control.scoreboard import FETCH_DOMAINS, Scoreboard
 from typebar.hw.control.tickets import UNIT_DOMAINS, Domain, ticket_bits
-from typebar.hw.ports import CAUSE_BITS, activity_layout
+from typebar.hw.ports import CAUSE_BITS, READ_CYCLES, activity_layout
 from typebar.isa.instructions import (
     COUNT_REGISTER,
     DEVICE_REGISTER,
@@ -41,8 +41,8 @@ from typebar.isa.timing import OP, VARGMAX, VRMAX, VSUM, VSUMSQ, Cause
 
 PIPELINE_BRANCH_CYCLES = 3
 """From a branch in stage I to its target there."""
-PIPELINE_READ_CYCLES = 2
-"""From the address of a synchronous register file to a dependent instruction in stage I."""
+PIPELINE_READ_CYCLES = READ_CYCLES + 2
+"""From the issue of a `vread`, whose address stands a cycle later at the earliest behind all writes, to the next."""
 
 
 def unit_of(domain: Domain) -> Unit:
@@ -82,8 +82,11 @@ class ControlCore(wiring.Component):
     valid with the transfer. `activity` is the scalar core's own; its first active cycle is the contract's cycle 0.
     `stop` ends the run at once, for whoever finds a fault.
 
-    `vread`: `read_enable` with `read_address`; `read_data` must hold the word `read_latency - 1` cycles later. `sload`:
+    `vread`: `read_enable` with `read_address`, which holds; `read_data` must have the word `read_latency - 1` cycles
+    later, as it stood after the first of them. `sload`:
     `scalar_valid` with `scalar_data` for one cycle, the one before the instruction's `done`.
+
+    `issued`: domains whose next ticket is given out in this cycle, to the instruction at `commit_pc`.
 
     `commit_*`: an instruction leaves stage I, for verification: its index and, if it writes one, register and value.
     """
@@ -120,6 +123,7 @@ class ControlCore(wiring.Component):
                 "waited": Out(data.ArrayLayout(unsigned(CAUSE_BITS), len(Domain))),
                 "activity": Out(activity_layout()),
                 "stop": In(1),
+                "issued": Out(len(Domain)),
                 "read_enable": Out(1),
                 "read_address": Out(range(machine.vector.words)),
                 "read_data": In(32),
@@ -383,6 +387,7 @@ class ControlCore(wiring.Component):
             m.submodules[f"{domain.name.lower()}_queue"] = queue
             self._connect(domain, queue)
             m.d.comb += [queue.i.valid.eq(here), queue.waits.eq(waits), queue.completed.eq(self.completed)]
+            m.d.comb += self.issued[domain].eq(here)
             with m.If(here):
                 m.d.sync += issued[domain].eq(issued[domain] + 1)
         self._drained = Cat(issued[domain] == self.completed[domain] for domain in Domain).all()

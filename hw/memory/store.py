@@ -129,8 +129,9 @@ class StoreWalker(wiring.Component):
 
     `begin` takes `store`; `busy` from the next cycle to `finish`, the last one of its occupancy (its `end` by the
     contract is that same cycle), in which the next may begin. `valid` with `piece`, and `row`, the register row that it
-    reads; not without `room`. `slot`: the contract's cycle that this one stands for was a write slot. `cause` of the
-    cycle, while busy.
+    reads; not without `room`. `new_rows`, `new_lines`: rows of HBM and lines of DDR that are touched now for the first
+    time in an outer row. `slot`: the contract's cycle that this one stands for was a write slot. `cause` of the cycle,
+    while busy.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -148,6 +149,8 @@ class StoreWalker(wiring.Component):
                 "valid": Out(1),
                 "piece": Out(piece_layout(machine)),
                 "row": Out(range(file_rows(machine))),
+                "new_rows": Out(2),
+                "new_lines": Out(2),
             }
         )
 
@@ -234,12 +237,16 @@ class StoreWalker(wiring.Component):
         before, last = Signal.like(piece.line), Signal.like(piece.line)
         counted, lines = Signal(range(self.machine.vector.words + 2)), Signal(range(self.machine.vector.words + 2))
         row_crosses, rows = crosses & piece.line[:inside].all() if inside else crosses, Signal(2)
+        fresh = Signal(2)
         m.d.comb += [
+            fresh.eq((begins | (piece.line != before)) + crosses),
+            self.new_rows.eq(Mux(self.valid & self._held.hbm, rows, 0)),
+            self.new_lines.eq(Mux(self.valid & ~self._held.hbm, fresh, 0)),
             reach.eq(piece.offset + (piece.count << self._size)[: LINE_BITS + 1] - 1),
             crosses.eq(reach[LINE_BITS]),
             following.eq(piece.line + 1),
             last.eq(Mux(crosses, following, piece.line)),
-            lines.eq(Mux(begins, 0, counted) + (begins | (piece.line != before)) + crosses),
+            lines.eq(Mux(begins, 0, counted) + fresh),
             rows.eq((begins | (piece.line[inside:] != before[inside:])) + row_crosses),
         ]
         with m.If(self.valid):

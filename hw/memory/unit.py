@@ -79,6 +79,7 @@ class MemoryUnit(wiring.Component):
     this cycle is one. `read`, `write`: ports of the register file. `scalar_valid`, `scalar_data`: a scalar load's word,
     in the cycle before its `completed`. `ddr_read`, `ddr_write`, `hbm_write`: AXI, single beats. `saturated`: the
     numeric flag. `error`: a memory answered with an error some cycles ago; the instruction completes nevertheless.
+    `rows_moved` and `lines_moved`, for the counters: HBM rows written, and DDR lines read or written.
 
     Attributes:
         shared: modules whose Verilog goes beside the unit's.
@@ -121,6 +122,8 @@ class MemoryUnit(wiring.Component):
                 "saturated": Out(flag_layout()),
                 "activity": Out(activity_layout()),
                 "error": Out(1),
+                "rows_moved": Out(2),
+                "lines_moved": Out(2),
             }
         )
 
@@ -146,6 +149,8 @@ class MemoryUnit(wiring.Component):
             packer.row.eq(self.read.data),
             self.read.address.eq(walker.row),
             self.saturated.eq(packer.saturated),
+            self.rows_moved.eq(walker.new_rows),
+            self.lines_moved.eq(walker.new_lines + (loader.ddr.ar.valid & loader.ddr.ar.ready)),
             self.scalar_data.eq(loader.scalar_data),
         ]
         self._start()

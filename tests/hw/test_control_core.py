@@ -27,7 +27,7 @@ MACHINES = {
     "tiny": {},
     "slow": {
         "control.branch_cycles": "6",
-        "control.read_latency": "2",
+        "control.read_latency": "6",
         "control.queue_depth": "3",
         "control.run_ahead": "false",
         "vector.segments": "8",
@@ -70,7 +70,7 @@ def test_core_in_simulation(tmp_path: Path, name: str, monkeypatch: pytest.Monke
     assert total == 3 and failed == 0
 
 
-@pytest.mark.parametrize("setting", ["control.branch_cycles=2", "control.read_latency=1"])
+@pytest.mark.parametrize("setting", ["control.branch_cycles=2", "control.read_latency=3"])
 def test_a_pipeline_that_cannot_keep_the_contract_is_refused(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ControlCore, "_MustUse__silence", True)
     key, value = setting.split("=")
