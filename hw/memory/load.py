@@ -1,9 +1,9 @@
 """The load engine: requests the lines of a load, and turns them into register rows.
 
 Requests go out one every `line_cycles`, the first in the cycle after the transfer, which stands for the contract's
-first; each waits until its port takes it. Lines go alternately into two small banks, so that a row, which begins in one
-line and may end in the next, is taken from both at once, one row a cycle, whatever its alignment: the two lines are a
-ring of 128 bytes. With more than 16 lanes a piece of a row comes from a line, and is written by itself.
+first; each cycle in which the port does not take one adds to the occupancy. Lines go alternately into two small banks,
+so that a row, which begins in one line and may end in the next, is taken from both at once, one row a cycle, whatever
+its alignment: the two lines are a ring of 128 bytes. With more than 16 lanes, rows are written in pieces of a line.
 
 A row is written WRITE_CYCLES_BEHIND cycles after R brought the line in which it ends.
 """
@@ -128,7 +128,7 @@ class LoadEngine(wiring.Component):
         with m.Else():
             with m.If(self.finish):
                 m.d.sync += self.busy.eq(0)
-            with m.If(rows > 1):
+            with m.If((rows > 1) & (taken | ~asks)):
                 m.d.sync += rows.eq(rows - 1)
             with m.If(taken):
                 m.d.sync += [lines.eq(lines - 1), line.eq(line + 1), gap.eq(cycles - 1)]

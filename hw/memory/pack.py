@@ -5,8 +5,9 @@ place in the line and gathered in an open line, which leaves when an element of 
 Every byte position follows from one turn: a row, packed, is a ring of bytes whose length divides a line's, so that
 words need not be sorted before. Later elements overwrite earlier ones.
 
-Latency: a line leaves 6 cycles after the piece that closes it if nothing is in its way. A line leaves in a cycle, and
-a piece can close two (three, if a store's last piece also finds another line open); pieces wait in the queue then.
+Latency: a line shows on `lines` 7 cycles after the piece that closes it, unless others are before it. One line leaves
+in a cycle, and one piece can close three, if it is a store's last and finds another line open. No more lines leave in
+an outer row than the contract has cycles for it, so few wait, and pieces never do unless the memory is slow.
 """
 
 from __future__ import annotations
@@ -206,53 +207,67 @@ class StorePacker(wiring.Component):
         return held, consumed, target, turned, strobes
 
     def _assemble(self, valid: Signal, consumed: Signal, target: Any, turned: Value, strobes: Value) -> None:
-        """The open line. It leaves before a piece of another line enters, and with a store's last piece.
-
-        `half`: the piece's first line is the open one, and its second still has to become that.
+        """The open line. It leaves when a piece of another line comes; a piece's first line leaves with it if the piece
+        goes on in a second, which opens then, or is its store's last. `closing`: the open line ends its store.
         """
         m, layout = self._m, line_layout(self.machine)
-        m.submodules.lines = queue = SyncFIFO(width=layout.size, depth=LINE_QUEUE)
         open_line, line = Signal(layout), Signal(layout)
-        is_open, closing, half = Signal(), Signal(), Signal()
-        enters, leaves, moves, same, second = Signal(), Signal(), Signal(), Signal(), Signal()
+        is_open, closing, joins, second, ends = Signal(), Signal(), Signal(), Signal(), Signal()
+        leaves = [Signal(name="open_leaves"), Signal(name="line_leaves")]
         low, high = strobes[:LINE_BYTES], strobes[LINE_BYTES:]
+        same = ~closing & (open_line.hbm == target.hbm) & (open_line.line == target.line)
+        closed = Signal(layout)
+        room = self._queue([(leaves[0], closed), (leaves[1], line)])
         m.d.comb += [
             second.eq(high.any()),
-            same.eq(~closing & (open_line.hbm == target.hbm) & (open_line.line == target.line)),
-            enters.eq(valid & ~half & (~is_open | same)),
-            leaves.eq(Mux(enters, second | target.last, closing | valid)),
-            moves.eq(~leaves | queue.w_rdy),
-            consumed.eq(moves & (half | enters | ~second)),
-            line.hbm.eq(Mux(is_open, open_line.hbm, target.hbm)),
-            line.line.eq(Mux(is_open, open_line.line, target.line)),
-            line.ticket.eq(Mux(is_open, open_line.ticket, target.ticket)),
-            line.last.eq(Mux(enters, ~second, closing)),
-            line.strobe.eq(Mux(is_open, open_line.strobe, 0) | Mux(enters, low, 0)),
-            queue.w_data.eq(line),
-            queue.w_en.eq(leaves),
+            ends.eq(target.last & ~second),
+            joins.eq(is_open & same),
+            leaves[0].eq(room & is_open & (closing | (valid & ~same))),
+            leaves[1].eq(room & valid & (second | target.last)),
+            consumed.eq(room),
+            closed.eq(open_line),
+            closed.last.eq(closing),
+            line.hbm.eq(target.hbm),
+            line.line.eq(target.line),
+            line.ticket.eq(target.ticket),
+            line.last.eq(ends),
+            line.strobe.eq(Mux(joins, open_line.strobe, 0) | low),
         ]
         for byte in range(LINE_BYTES):
             bits = slice(8 * byte, 8 * byte + 8)
-            m.d.comb += line.data[bits].eq(Mux(enters & low[byte], turned[bits], open_line.data[bits]))
-        with m.If(moves):
-            with m.If(enters & ~leaves):
-                m.d.sync += [open_line.eq(line), is_open.eq(1)]
-            with m.Elif(valid & (half | second | ~enters)):
-                upper = half | enters
+            m.d.comb += line.data[bits].eq(Mux(low[byte], turned[bits], open_line.data[bits]))
+        with m.If(room & valid):
+            m.d.sync += [open_line.eq(line), is_open.eq(~ends), closing.eq(target.last & second)]
+            with m.If(second):
                 m.d.sync += [
-                    open_line.hbm.eq(target.hbm),
-                    open_line.line.eq(target.line + upper),
-                    open_line.ticket.eq(target.ticket),
-                    open_line.strobe.eq(Mux(upper, high, low)),
+                    open_line.line.eq(target.line + 1),
+                    open_line.strobe.eq(high),
                     open_line.data.eq(turned),
-                    is_open.eq(1),
-                    closing.eq(target.last & (upper | ~second)),
-                    half.eq(second & ~upper),
                 ]
-            with m.Elif(leaves):
-                m.d.sync += [is_open.eq(0), closing.eq(0)]
+        with m.Elif(leaves[0]):
+            m.d.sync += [is_open.eq(0), closing.eq(0)]
+
+    def _queue(self, pushes: list[tuple[Signal, Any]]) -> Value:
+        """Lines wait in two banks that take turns, so that two enter at once; true if there is room for two."""
+        m, layout = self._m, line_layout(self.machine)
+        entering, leaving = Signal(), Signal()
+        (first, first_line), (second, second_line) = pushes
+        banks = []
+        for index in range(2):
+            m.submodules[f"lines_{index}"] = bank = SyncFIFO(width=layout.size, depth=LINE_QUEUE)
+            banks.append(bank)
+            turn = Signal(name=f"turn_{index}")
+            m.d.comb += [
+                turn.eq(entering == index),
+                bank.w_en.eq(Mux(turn, first | second, first & second)),
+                bank.w_data.eq(Mux(turn & first, first_line.as_value(), second_line.as_value())),
+                bank.r_en.eq(self.lines.ready & (leaving == index)),
+            ]
         m.d.comb += [
-            self.lines.payload.eq(queue.r_data),
-            self.lines.valid.eq(queue.r_rdy),
-            queue.r_en.eq(self.lines.ready),
+            self.lines.valid.eq(Mux(leaving, banks[1].r_rdy, banks[0].r_rdy)),
+            self.lines.payload.eq(Mux(leaving, banks[1].r_data, banks[0].r_data)),
         ]
+        m.d.sync += entering.eq(entering ^ first ^ second)
+        with m.If(self.lines.valid & self.lines.ready):
+            m.d.sync += leaving.eq(~leaving)
+        return banks[0].w_rdy & banks[1].w_rdy
