@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from typebar.host import cli_doctor, cli_model, cli_tools
+from typebar.host import cli_doctor, cli_model, cli_rtl, cli_tools
 from typebar.host.cli_errors import guarded
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ for _command in (
     cli_tools.machines,
     cli_tools.models,
     cli_tools.unary_errors,
+    cli_rtl.rtl,
     cli_doctor.doctor,
 ):
     app.command(name=_command.__name__.rstrip("_").replace("_", "-"))(_command)
