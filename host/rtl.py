@@ -173,8 +173,10 @@ class RtlDevice(Device):
                 self._progress(self.native.cycle, (self.native.cycle - first) / seconds)
             if Status.ERROR in status:
                 raise self._stopped(status.index(Status.ERROR))
-            if all(item == Status.DONE for item in status):
+            if Status.RUNNING not in status:
                 self._running = False
+                if Status.IDLE in status:
+                    raise DeviceError(f"device {status.index(Status.IDLE)} was lost: it did not start")
                 return
 
     def reset(self) -> None:
