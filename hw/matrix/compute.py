@@ -38,7 +38,6 @@ from typebar.isa.instructions import Scale
 from typebar.isa.machine import Machine
 
 _CONVERSION = 2
-_OPERAND_BITS = 19
 
 
 class Compute(wiring.Component):
@@ -66,7 +65,7 @@ class Compute(wiring.Component):
                 "load": In(load_layout(g)),
                 "row": In(row),
                 "chunk": In(data.ArrayLayout(32, min(g.lanes, g.words))),
-                "tile": In(data.ArrayLayout(OPERAND, g.groups * g.tile)),
+                "tile": In(OPERAND.size * g.groups * g.tile),
                 "nan": In(g.groups * g.columns),
                 "result": Out(drain_layout(g)),
                 "sums": Out(row),
@@ -125,7 +124,7 @@ class Compute(wiring.Component):
                 read.addr.eq(Cat(compute.number, compute.chunk)),
             ]
             slices = [read.data[i * len(item) : (i + 1) * len(item)] for i in range(g.slices)]
-            operands_read = Cat(piece[: width * _OPERAND_BITS] for piece in slices)
+            operands_read = Cat(piece[: width * OPERAND.size] for piece in slices)
             vectors.append((operands_read, Cat(piece[-1] for piece in slices).any()))
         return vectors
 
@@ -137,7 +136,7 @@ class Compute(wiring.Component):
     def _dots(self, vectors: list[tuple[Value, Value]]) -> list[Value]:
         """Chunk sums, row of units by row."""
         m, g, sums = self._m, self._g, []
-        width, tile = g.lanes * _OPERAND_BITS, self.tile.as_value()
+        width, tile = g.lanes * OPERAND.size, self.tile
         for row, (vector, nan) in enumerate(vectors):
             for column in range(g.columns):
                 source = (row if row < g.groups else 0) * g.columns + column

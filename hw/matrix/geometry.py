@@ -351,28 +351,31 @@ def step_groups(m: Module, g: Geometry, job: Any) -> tuple[Value, Value]:
     """Whether the rows of dot units are folded, and the binary logarithm of the column groups in a step."""
     folded, shift = Signal(name="folded"), Signal(range(log2(g.groups) + 1), name="group_shift")
     m.d.comb += folded.eq(job.vectors == 1)
-    with m.If(folded):
-        with m.Switch(job.format):
-            for element in Format:
-                with m.Case(element):
-                    m.d.comb += shift.eq(log2(g.fold(element)))
+    with m.If(folded), m.Switch(job.format):
+        for element in Format:
+            with m.Case(element):
+                m.d.comb += shift.eq(log2(g.fold(element)))
     return folded, shift
 
 
 def delayed(m: Module, value: Any, cycles: int, name: str) -> Any:
     """A value some cycles later; a layout's `valid` bit is reset, the rest may become shift-register LUTs."""
-    layout = value.shape()
+    layout, bits = value.shape(), Value.cast(value)
+    checked = isinstance(layout, data.StructLayout) and "valid" in layout.members
+    valid = value.valid if checked else None
     for stage in range(cycles):
-        later = Signal(layout, name=f"{name}_{stage}", reset_less=True)
-        m.d.sync += later.eq(value)
-        if isinstance(layout, data.StructLayout) and "valid" in layout.members:
-            valid = Signal(name=f"{name}_valid_{stage}")
-            m.d.sync += valid.eq(value.valid)
-            view = Signal(layout, name=f"{name}_view_{stage}")
-            m.d.comb += [view.eq(later), view.valid.eq(valid)]
-            later = view
-        value = later
-    return value
+        later = Signal(len(bits), name=f"{name}_{stage}", reset_less=True)
+        m.d.sync += later.eq(bits)
+        bits = later
+        if checked:
+            kept = Signal(name=f"{name}_valid_{stage}")
+            m.d.sync += kept.eq(valid)
+            valid = kept
+    result = Signal(layout, name=name)
+    m.d.comb += Value.cast(result).eq(bits)
+    if checked:
+        m.d.comb += result.valid.eq(valid)
+    return result
 
 
 def minimum(m: Module, value: Value, limit: int, name: str) -> Signal:

@@ -15,8 +15,9 @@ from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from typebar.hw.arith.convert import OPERAND, MemoryFromFloat32, OperandFromMemory, OperandFromShort
+from typebar.hw.arith.convert import OPERAND, MemoryFromFloat32
 from typebar.hw.matrix.buffer import GroupBuffer
+from typebar.hw.matrix.column import WeightColumn
 from typebar.hw.matrix.geometry import (
     CONVERTED_LAG,
     FIFO_LAG,
@@ -31,12 +32,12 @@ from typebar.hw.matrix.geometry import (
     log2,
     read_layout,
 )
+from typebar.hw.memory.fetch import FIFO_READ_CYCLES
 from typebar.hw.ports import flag_layout
 from typebar.hw.replicate import Shared
 from typebar.isa.instructions import Format
 from typebar.isa.machine import Machine
 
-_CONVERSION = CONVERTED_LAG - RAW_LAG
 _STORING = PATCH_LAG - ROW_LAG
 
 
@@ -54,11 +55,11 @@ class Weights(wiring.Component):
         """A converter for every element of the widest tile; those of float32 for as many as the port brings."""
         self._machine, g = machine, Geometry.of(machine)
         self._g = g
-        self._wide = Shared(f"operand_from_memory_{_CONVERSION}", OperandFromMemory(_CONVERSION))
-        self._short = Shared(f"operand_from_short_{_CONVERSION}", OperandFromShort(_CONVERSION))
+        latency = CONVERTED_LAG - RAW_LAG + 1
+        self._columns = [self._column(latency, wide) for wide in (False, True)]
         self._store = Shared(f"memory_from_float32_{_STORING}", MemoryFromFloat32(_STORING))
-        self.shared = (self._wide, self._short, self._store)
-        self._count = g.groups * g.tile
+        inner = [item for column in self._columns for item in column.component.shared]
+        self.shared = (*self._columns, *inner, self._store)
         super().__init__(
             {
                 "read": In(read_layout(g)),
@@ -67,15 +68,19 @@ class Weights(wiring.Component):
                 "chunk": In(data.ArrayLayout(32, min(g.lanes, g.words))),
                 "fifo_place": Out(range(machine.fifo_rows)),
                 "fifo_data": In(8 * g.port_rows * g.row_bytes),
-                "tile": Out(data.ArrayLayout(OPERAND, self._count)),
+                "tile": Out(OPERAND.size * g.groups * g.tile),
                 "nan": Out(g.groups * g.columns),
                 "overflow": Out(flag_layout()),
                 "saturated": Out(flag_layout()),
             }
         )
 
+    def _column(self, latency: int, wide: bool) -> Shared:
+        lanes = self._g.lanes
+        return Shared(f"{'wide' if wide else 'short'}_column_{lanes}", WeightColumn(lanes, latency, wide))
+
     def elaborate(self, platform: object) -> Module:
-        """Address, choose, convert, keep."""
+        """Address, choose and convert, keep."""
         m = Module()
         g = self._g
         read = delayed(m, self.read, FIFO_LAG, "read")
@@ -83,23 +88,24 @@ class Weights(wiring.Component):
             # What takes one cycle takes the second of two.
             late, chosen = delayed(m, read, 1, "read_late"), Signal(read.shape())
             takes_two = read.valid & (read.format == Format.FP32)
-            m.d.comb += [chosen.eq(Mux(takes_two, read, late)), chosen.valid.eq(takes_two | _waits(late))]
+            m.d.comb += [
+                chosen.eq(Mux(takes_two, read, late)),
+                chosen.valid.eq(takes_two | (late.valid & (late.format != Format.FP32))),
+            ]
             read = chosen
         m.d.comb += self.fifo_place.eq(read.place)
-        read = delayed(m, read, 2, "read_row")
-        raw, lanes, columns = self._choose(m, read)
-        read = delayed(m, read, 1, "read_raw")
-        operands, nans, overflows = self._convert(m, read, raw, lanes, columns)
-        read = delayed(m, read, _CONVERSION, "read_converted")
-        self._keep(m, read, operands, nans)
+        read = delayed(m, read, FIFO_READ_CYCLES, "read_row")
+        columns = self._convert(m, read)
+        read = delayed(m, read, CONVERTED_LAG - RAW_LAG + 1, "read_converted")
+        self._keep(m, read, [column.operands for column in columns], [column.nan for column in columns])
         raised = Signal()
-        m.d.sync += raised.eq(read.valid & Cat(overflows).any())
+        m.d.sync += raised.eq(read.valid & Cat(column.overflow for column in columns).any())
         m.d.comb += [self.overflow.raised.eq(raised), self.overflow.pc.eq(delayed(m, read.pc, 1, "overflow_pc"))]
         return m
 
     # Patch ---------------------------------------------------------------------------------------------
-    def _patch(self, m: Module, read: Any) -> tuple[list[Value], list[Value]]:
-        """The patch's raw elements: of a column by lane, of a lane by column."""
+    def _patch(self, m: Module, read: Any) -> tuple[Value, list[Value]]:
+        """The patch's raw elements: of a column, all lanes; of a lane by column."""
         g, load = self._g, self.load
         raw, saturated = [], []
         for index in range(g.words):
@@ -125,7 +131,7 @@ class Weights(wiring.Component):
         ]
         return self._patch_lanes(m, read, load, raw), self._patch_columns(m, read, load, raw)
 
-    def _patch_lanes(self, m: Module, read: Any, load: Any, raw: list[Value]) -> list[Value]:
+    def _patch_lanes(self, m: Module, read: Any, load: Any, raw: list[Value]) -> Value:
         """A column's patch: the raw elements of the chunk's lanes."""
         g = self._g
         width = min(g.lanes, g.words)
@@ -137,7 +143,7 @@ class Weights(wiring.Component):
             write.en.eq(Mux(load.valid & (load.kind == Load.PATCH_COLUMN), 1 << load.row, 0)),
             port.addr.eq(read.chunk),
         ]
-        return [port.data[32 * lane : 32 * (lane + 1)] for lane in range(g.lanes)]
+        return port.data
 
     def _patch_columns(self, m: Module, read: Any, load: Any, raw: list[Value]) -> list[Value]:
         """A lane's patch: the raw elements of the tile's columns."""
@@ -164,117 +170,79 @@ class Weights(wiring.Component):
         return words
 
     # Elements ------------------------------------------------------------------------------------------
-    def _choose(self, m: Module, read: Any) -> tuple[list[Value], Value, Value]:
-        """Every element's raw bits, in a register; the lanes and the columns that are present, beside them."""
+    def _convert(self, m: Module, read: Any) -> list[Any]:
+        """A converter for each column, with its share of the FIFO's rows."""
         g = self._g
         by_lane, by_column = self._patch(m, read)
-        byte = self._bytes(m, read)
-        columns = g.groups * g.columns
-        patch_lane, patch_column = Signal(g.lanes), Signal(columns)
+        window, count = self._window(m, read), g.groups * g.columns
+        patch_lane, patch_column, present = Signal(g.lanes), Signal(count), Signal(count)
+        lanes_present = Signal(g.lanes)
         m.d.comb += [
             patch_lane.eq(Mux(read.patch_lane, Const(1, g.lanes) << read.lane_at, 0)),
-            patch_column.eq(Mux(read.patch_column, Const(1, columns) << read.column_at, 0)),
-        ]
-        raw = []
-        for element in range(self._count):
-            column, lane = divmod(element, g.lanes)
-            bits = 32 if self._is_wide(element) else 16
-            value = Signal(bits, name=f"raw{element}", reset_less=True)
-            stored = Signal(bits, name=f"stored{element}")
-            with m.Switch(read.format):
-                for fmt, size in ((Format.INT8, 1), (Format.FP32, 4)):
-                    if size * 8 <= bits:
-                        with m.Case(fmt):
-                            m.d.comb += stored.eq(Cat(byte[size * element : size * (element + 1)]))
-                with m.Default():
-                    if 2 * (element + 1) <= g.port_bytes:
-                        m.d.comb += stored.eq(Cat(byte[2 * element : 2 * (element + 1)]))
-            patched = Mux(patch_lane[lane], by_column[column], by_lane[lane])
-            m.d.sync += value.eq(Mux(patch_lane[lane] | patch_column[column], patched, stored))
-            raw.append(value)
-        lanes_present, columns_present = Signal(g.lanes), Signal(columns)
-        m.d.sync += [
+            patch_column.eq(Mux(read.patch_column, Const(1, count) << read.column_at, 0)),
             lanes_present.eq(below(read.lanes, g.lanes)),
-            columns_present.eq(Mux(read.valid, below(read.columns, columns), 0)),
+            present.eq(Mux(read.valid, below(read.columns, count), 0)),
         ]
-        return raw, lanes_present, columns_present
+        columns = []
+        for index in range(count):
+            sizes = [size for size in (1, 2, 4) if size * g.lanes * (index + 1) <= g.port_bytes]
+            column = self._columns[4 in sizes].replica()
+            m.submodules[f"column{index}"] = column
+            for size in sizes:
+                width = 8 * size * g.lanes
+                m.d.comb += getattr(column, f"bytes_{size}").eq(window[width * index : width * (index + 1)])
+            m.d.comb += [
+                column.format.eq(read.format),
+                column.patch_lane.eq(patch_lane),
+                column.patch_column.eq(patch_column[index]),
+                column.by_column.eq(by_column[index]),
+                column.by_lane.eq(by_lane),
+                column.lanes_present.eq(lanes_present),
+                column.column_present.eq(present[index]),
+            ]
+            columns.append(column)
+        return columns
 
-    def _is_wide(self, element: int) -> bool:
-        return 4 * (element + 1) <= self._g.port_bytes
-
-    def _bytes(self, m: Module, read: Any) -> list[Value]:
+    def _window(self, m: Module, read: Any) -> Value:
         """The bytes of a step from its first on; parts of a row are brought forward a tile's bytes at a time."""
         g = self._g
-        tile, count = g.tile, max(1, g.port_bytes // g.tile)
         window = []
-        for part in range(count):
-            choices = [part + offset for offset in range(g.places) if part + offset < g.places] or [part]
-            value = Signal(8 * tile, name=f"window{part}")
+        for part in range(g.port_bytes // g.tile):
+            value = Signal(8 * g.tile, name=f"window{part}")
             with m.Switch(read.offset):
-                for offset, source in enumerate(choices[1:], 1):
+                for offset in range(1, g.places - part):
                     with m.Case(offset):
-                        m.d.comb += value.eq(self.fifo_data[8 * tile * source : 8 * tile * (source + 1)])
+                        m.d.comb += value.eq(self.fifo_data.word_select(part + offset, 8 * g.tile))
                 with m.Default():
-                    m.d.comb += value.eq(self.fifo_data[8 * tile * part : 8 * tile * (part + 1)])
+                    m.d.comb += value.eq(self.fifo_data.word_select(part, 8 * g.tile))
             window.append(value)
-        flat = Cat(window)
-        return [flat[8 * index : 8 * (index + 1)] for index in range(tile * count)]
-
-    def _convert(
-        self, m: Module, read: Any, raw: list[Value], lanes: Value, columns: Value
-    ) -> tuple[list[Value], list[Value], list[Value]]:
-        """Operands, NaN and overflow of every element."""
-        operands, nans, overflows = [], [], []
-        for element, bits in enumerate(raw):
-            column, lane = divmod(element, self._g.lanes)
-            wide = self._is_wide(element)
-            m.submodules[f"operand{element}"] = unit = (self._wide if wide else self._short).replica()
-            m.d.comb += [
-                (unit.raw if wide else unit.element).eq(bits),
-                unit.format.eq(read.format),
-                unit.present.eq(lanes[lane] & columns[column]),
-            ]
-            operands.append(unit.operand)
-            nans.append(unit.nan)
-            overflows.append(unit.overflow)
-        return operands, nans, overflows
+        return Cat(window)
 
     def _keep(self, m: Module, read: Any, operands: list[Value], nans: list[Value]) -> None:
         """The tile register: a group of its own for each row of dot units if they are folded."""
         g = self._g
-        columns = g.groups * g.columns
-        any_nan = [Cat(nans[column * g.lanes : (column + 1) * g.lanes]).any() for column in range(columns)]
         if g.two:
-            operands, any_nan = self._join(m, read, operands, any_nan)
-        width = len(Value.cast(operands[0]))
+            operands, nans = self._joined(m, read, operands), self._joined(m, read, nans)
+        width = OPERAND.size * g.lanes
+        # Signals without a reset, and without a name for each field of each element.
+        tile, any_nan = Signal(len(self.tile), reset_less=True), Signal(len(self.nan), reset_less=True)
+        m.d.comb += [self.tile.eq(tile), self.nan.eq(any_nan)]
         with m.If(read.valid & read.last):
-            for column in range(columns):
+            for column, (value, nan) in enumerate(zip(operands, nans, strict=True)):
                 same = column % g.columns
-                nan = any_nan[column]
                 if same != column:
-                    nan = Mux(read.folded, nan, any_nan[same])
-                m.d.sync += self.nan[column].eq(nan)
-                for lane in range(g.lanes):
-                    element, shared = column * g.lanes + lane, same * g.lanes + lane
-                    value = operands[element]
-                    if same != column:
-                        value = Mux(read.folded, value, operands[shared])
-                    m.d.sync += self.tile.as_value()[width * element : width * (element + 1)].eq(value)
+                    value = Mux(read.folded, value, operands[same])
+                    nan = Mux(read.folded, nan, nans[same])
+                m.d.sync += [tile[width * column : width * (column + 1)].eq(value), any_nan[column].eq(nan)]
 
-    def _join(
-        self, m: Module, read: Any, operands: list[Value], nans: list[Value]
-    ) -> tuple[list[Value], list[Value]]:
+    def _joined(self, m: Module, read: Any, columns: list[Value]) -> list[Value]:
         """With a float32 tile's second half: the first half from a cycle before, the second from its converters."""
-        g = self._g
-        half, columns = g.tile // 2, g.columns // 2
-        before = [Signal(len(Value.cast(operand)), name=f"held{i}") for i, operand in enumerate(operands[:half])]
-        nan_before = [Signal(name=f"held_nan{i}") for i in range(columns)]
-        m.d.sync += [held.eq(operand) for held, operand in zip(before, operands, strict=False)]
-        m.d.sync += [held.eq(nan) for held, nan in zip(nan_before, nans, strict=False)]
-        joined = [Mux(read.second, value, operands[i]) for i, value in enumerate((*before, *operands[:half]))]
-        joined_nan = [Mux(read.second, value, nans[i]) for i, value in enumerate((*nan_before, *nans[:columns]))]
-        return joined + operands[2 * half :], joined_nan + nans[2 * columns :]
-
-
-def _waits(late: Any) -> Value:
-    return late.valid & (late.format != Format.FP32)
+        half = self._g.columns // 2
+        before = [
+            Signal(len(value), name=f"held{index}", reset_less=True) for index, value in enumerate(columns[:half])
+        ]
+        m.d.sync += [held.eq(value) for held, value in zip(before, columns, strict=False)]
+        joined = [*before, *columns[:half]]
+        return [Mux(read.second, late, value) for late, value in zip(joined, columns, strict=False)] + columns[
+            2 * half :
+        ]

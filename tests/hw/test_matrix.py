@@ -154,7 +154,7 @@ def place(rng: np.random.Generator, f: dict[str, int], align: int, words: int) -
 
 
 def dependences(stream: Stream) -> NDArray[np.int64]:
-    """For each instruction how many, from the first on, must be done before it starts: those whose results it touches."""
+    """For each instruction how many, from the first on, must be done before it starts: it touches their results."""
     accesses, wait = [], np.zeros(len(stream.fields), np.int64)
     for index, f in enumerate(stream.fields):
         ranges = np.zeros((MAX_ACCESSES, 3), np.int64)
