@@ -1,0 +1,79 @@
+"""One column of the matrix unit's tile: its elements chosen by format and patch, and converted to operands."""
+
+from __future__ import annotations
+
+from amaranth.hdl import Cat, Module, Mux, Signal
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
+
+from typebar.hw.arith.convert import FORMAT_BITS, OPERAND, OperandFromMemory, OperandFromShort
+from typebar.hw.replicate import Shared
+from typebar.isa.instructions import Format
+
+
+class WeightColumn(wiring.Component):
+    """Operands of `lanes` elements, `latency` cycles after their bits.
+
+    `bytes_1`, `bytes_2` and `bytes_4` hold the elements if they have that many bytes; `wide` columns have the last.
+    Lanes in `patch_lane` come from `by_column`; all others, with `patch_column`, from `by_lane` (raw elements of 32
+    bits). Only lanes in `lanes_present` of a `column_present` are. `nan` and `overflow` are those of any.
+
+    `shared` are the Verilog modules that it instantiates.
+    """
+
+    def __init__(self, lanes: int, latency: int, wide: bool) -> None:
+        """A column of a tile; `latency` >= 2, the first cycle for the choice."""
+        self._lanes, self._wide, self.latency = lanes, wide, latency
+        kind, name = (OperandFromMemory, "memory") if wide else (OperandFromShort, "short")
+        self._unit = Shared(f"operand_from_{name}_{latency - 1}", kind(latency - 1))
+        self.shared = (self._unit,)
+        super().__init__(
+            {
+                "bytes_1": In(8 * lanes),
+                "bytes_2": In(16 * lanes),
+                **({"bytes_4": In(32 * lanes)} if wide else {}),
+                "format": In(FORMAT_BITS),
+                "patch_lane": In(lanes),
+                "patch_column": In(1),
+                "by_column": In(32),
+                "by_lane": In(32 * lanes),
+                "lanes_present": In(lanes),
+                "column_present": In(1),
+                "operands": Out(OPERAND.size * lanes),
+                "nan": Out(1),
+                "overflow": Out(1),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        """Choose, keep for a cycle, convert."""
+        m = Module()
+        bits = 32 if self._wide else 16
+        fmt, present = Signal(FORMAT_BITS), Signal(self._lanes)
+        m.d.sync += [fmt.eq(self.format), present.eq(Mux(self.column_present, self.lanes_present, 0))]
+        units = []
+        for lane in range(self._lanes):
+            stored, raw = Signal(bits, name=f"stored{lane}"), Signal(bits, name=f"raw{lane}", reset_less=True)
+            with m.Switch(self.format):
+                with m.Case(Format.INT8):
+                    m.d.comb += stored.eq(self.bytes_1[8 * lane : 8 * (lane + 1)])
+                if self._wide:
+                    with m.Case(Format.FP32):
+                        m.d.comb += stored.eq(self.bytes_4[32 * lane : 32 * (lane + 1)])
+                with m.Default():
+                    m.d.comb += stored.eq(self.bytes_2[16 * lane : 16 * (lane + 1)])
+            patch = Mux(self.patch_lane[lane], self.by_column, self.by_lane[32 * lane : 32 * (lane + 1)])
+            m.d.sync += raw.eq(Mux(self.patch_lane[lane] | self.patch_column, patch, stored))
+            m.submodules[f"operand{lane}"] = unit = self._unit.replica()
+            m.d.comb += [
+                (unit.raw if self._wide else unit.element).eq(raw),
+                unit.format.eq(fmt),
+                unit.present.eq(present[lane]),
+            ]
+            units.append(unit)
+        m.d.comb += [
+            self.operands.eq(Cat(unit.operand for unit in units)),
+            self.nan.eq(Cat(unit.nan for unit in units).any()),
+            self.overflow.eq(Cat(unit.overflow for unit in units).any()),
+        ]
+        return m
