@@ -8,8 +8,10 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-from amaranth.back import verilog
-from amaranth.hdl import ClockSignal, Instance, ResetSignal, Shape
+from amaranth.back import rtlil, verilog
+from amaranth.hdl import ClockSignal, Fragment, Instance, ResetSignal, Shape, Value
+from amaranth.hdl._ast import SignalDict
+from amaranth.hdl._ir import PortDirection, build_netlist
 from amaranth.lib import wiring
 
 _met: list[list[Shared]] = []
@@ -61,11 +63,44 @@ class Replica(wiring.Component):
         return Instance(self._shared.name, **ports)
 
 
+class _ModuleEmitter(rtlil.ModuleEmitter):
+    """Amaranth's, without what only makes the text longer: a wire for each field, and memories' zeros, word by word."""
+
+    def emit_signal_fields(self) -> None:
+        """Nothing: fields are aliases."""
+
+    def emit_memory(self, cell_idx: int, cell: Any) -> None:
+        """Contents, unless all are zero, as memories are anyway."""
+        if any(cell.init):
+            super().emit_memory(cell_idx, cell)
+
+
+def _rtlil(component: wiring.Component, name: str) -> str:
+    """A component as Yosys reads it, as `amaranth.back.rtlil.convert` makes it but for `_ModuleEmitter`."""
+    ports = {
+        "__".join(map(str, path)): (
+            Value.cast(value),
+            PortDirection.Input if member.flow is wiring.In else PortDirection.Output,
+        )
+        for path, member, value in component.signature.flatten(component)
+    }
+    netlist = build_netlist(Fragment.get(component, None), ports=ports, name=name)
+    empty, builder = rtlil.EmptyModuleChecker(netlist), rtlil.Design(emit_src=False)
+    names = SignalDict()
+    for index, module in enumerate(netlist.modules):
+        if not empty.is_empty(index):
+            part = builder.module(".".join(module.name), src_loc=None)
+            if index == 0:
+                part.attribute("top", 1)
+            _ModuleEmitter(part, netlist, module, names, empty_checker=empty).emit()
+    return str(builder)
+
+
 def _convert(component: wiring.Component, name: str) -> tuple[str, list[Shared]]:
     """Verilog of a component as module `name`, and the shared components in it."""
     _met.append([])
     try:
-        text: str = verilog.convert(component, name=name, emit_src=False, strip_internal_attrs=True)
+        text: str = verilog._convert_rtlil_text(_rtlil(component, name), strip_internal_attrs=True)
     finally:
         met = _met.pop()
     return text, list({id(shared): shared for shared in met}.values())
