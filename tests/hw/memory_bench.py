@@ -28,6 +28,7 @@ from typebar.hw.memory.unit import MemoryUnit, read_limit, write_limit
 from typebar.isa.instructions import MODIFIER_BASE, OPERAND_BASE, Kind, Region
 from typebar.isa.machine import Machine
 from typebar.isa.program import Op, encode_op
+from typebar.tests.hw.flat import shared_text
 from typebar.tests.hw.native import VERILATOR
 
 SOURCE = Path(__file__).with_name("memory_bench.cpp")
@@ -104,7 +105,7 @@ class MemoryBench:
         flat = Flat(machine)
         self.layout = issued_layout(machine, Domain.MEMORY)
         self.base_bits = Shape.cast(flat.unit.bases.shape()).width // len(Region)
-        texts = [verilog.convert(flat, name="bench", emit_src=False), *(item.verilog for item in flat.unit.shared)]
+        texts = [verilog.convert(flat, name="bench", emit_src=False), shared_text(flat.unit.shared)]
         (folder / "bench.v").write_text("\n".join(texts))
         hbm, words = machine.hbm, (len(flat.unit.memory.payload.as_value()) + 31) // 32
         defines = {
@@ -143,7 +144,7 @@ class MemoryBench:
         command = [str(VERILATOR), "--cc", "--exe", "--build", "--top-module", "bench", "--prefix", "Vtop", "-O1"]
         command += ["-Wno-fatal", "-Wno-WIDTH", "-Wno-UNOPTFLAT", "--Mdir", str(folder / "build"), "-j", "2"]
         command += ["-CFLAGS", "-fPIC -O0", "-LDFLAGS", "-shared", "-o", "model.so", "--no-timing", "--x-assign", "0"]
-        command += ["-MAKEFLAGS", "CFG_CXXFLAGS_PCH_I=-include", "bench.v", "bench.cpp"]
+        command += ["-MAKEFLAGS", "CFG_CXXFLAGS_PCH_I=-include VM_PARALLEL_BUILDS=0", "bench.v", "bench.cpp"]
         environment = {**os.environ, "PATH": f"{VERILATOR.parent}{os.pathsep}{os.environ['PATH']}"}
         built = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
         if built.returncode:
