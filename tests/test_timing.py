@@ -371,9 +371,10 @@ def test_counters() -> None:
 
 
 # Ring --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("devices", "total"), [(1, 7), (2, 31), (3, 31), (4, 55), (5, 55), (6, 79)])
+@pytest.mark.parametrize(("devices", "total"), [(1, 8), (2, 31), (3, 31), (4, 55), (5, 55), (6, 79)])
 def test_gather(devices: int, total: int) -> None:
     # A block of 8 words takes 4 cycles: sent at 5, there at 29, sent on at 29, there at 53 and so on; done one later.
+    # One device has a row of its own to write in cycle 5.
     result = run("gather dst=0 a=8192 n=8\nhalt", devices)
     assert result.device_cycles == (total,) * devices
     assert result.causes[0]["ring"] == {"issue": 1, "transfer": total - 2, "drain": 1}
@@ -383,6 +384,11 @@ def test_gather(devices: int, total: int) -> None:
 def test_long_blocks_keep_the_link_busy() -> None:
     # 200 words: 100 cycles. Blocks are sent on when there in whole: 5, 125; there at 125, 245.
     assert run("gather dst=0 a=8192 n=200\nhalt", 4).total_cycles == 247
+
+
+def test_one_device_writes_its_own_block_a_row_a_cycle() -> None:
+    result = run("gather dst=0 a=8192 n=200\nhalt")
+    assert slices(result, RING) == [(1, 1 + 4 + 25 + 1)]
 
 
 def test_gather_skew() -> None:

@@ -283,7 +283,10 @@ class ControlCore(wiring.Component):
         """What the scalar core does in this cycle; between instructions only a branch's bubbles are left."""
         m, opcode, board = self._m, self._decoded["opcode"], self._board
         begun, cause = Signal(), self.activity.cause
-        m.d.comb += self.activity.active.eq(live | (self.running & ~self._valid & begun))
+        m.d.comb += [
+            self.activity.active.eq(live | (self.running & ~self._valid & begun)),
+            self.activity.waited.eq(int(Cause.ISSUE)),
+        ]
         with m.If(self.start | ~self.running):
             m.d.sync += begun.eq(0)
         with m.Elif(live):
