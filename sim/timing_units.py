@@ -348,10 +348,6 @@ def _stream(
                     earliest = request + 1
                     request = max(earliest, fifo[place] + 1)
                     full += request - earliest
-                    if p.stall_seed:
-                        delay = stall(p.stall_seed, d, HBM_REQUEST, before + rows)
-                        request += delay
-                        stalled += delay
                     if request >= slot:
                         if request > slot:
                             slot = write_slot(p, request)
@@ -359,6 +355,10 @@ def _stream(
                             request += 1
                             slots_lost += 1
                             slot += p.write_period
+                    if p.stall_seed:
+                        delay = stall(p.stall_seed, d, HBM_REQUEST, before + rows)
+                        request += delay
+                        stalled += delay
                     if rows == 0:
                         first_request = request
                     delay = stall(p.stall_seed, d, HBM_DATA, before + rows) if p.stall_seed else 0

@@ -344,12 +344,14 @@ class Device:
             self.fetch_counts["fifo_full"] += 1
             return
         if self.request_delay < 0:
+            # The row shows in a fetch slot; how long it then waits to be taken is no matter of slots.
+            if self.is_write_slot(c):
+                self.fetch_counts["write_slot"] += 1
+                return
             self.request_delay = self.stall(0, self.requested)
         if self.request_delay > 0:
             self.request_delay -= 1
             self.fetch_counts["transfer"] += 1
-        elif self.is_write_slot(c):
-            self.fetch_counts["write_slot"] += 1
         else:
             self.fetch_counts["transfer"] += 1
             i.requests.append(c)
