@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from typebar.hw.control.core import ControlCore
-from typebar.hw.control_block import ControlBlock
+from typebar.hw.control_block import POINTER_BITS, ControlBlock
 from typebar.hw.core import DELAYS
 from typebar.hw.counters import Counters
 from typebar.hw.faults import Ledger
@@ -22,7 +22,6 @@ from typebar.hw.memory.unit import MemoryUnit
 from typebar.hw.registers import RegisterFile
 from typebar.hw.ring import RingUnit
 from typebar.hw.synthesis import KINDS, Module, Resources, add, synthesise, total
-from typebar.hw.top import POINTER_BITS
 from typebar.hw.vector.unit import VectorUnit
 from typebar.isa.machine import Machine
 

