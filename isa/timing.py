@@ -311,10 +311,10 @@ def blocks_touched(first: int, count: int, stride: int, size: int, block: int) -
 def load_occupancy(p: TimingParameters, lines: int, n: int, stalls: int = 0) -> int:
     """Cycles that a load of n words in `lines` lines occupies the memory unit; `stalls` are those of its lines.
 
-    Lines arrive one every `line_cycles`, and one row of the register file is written a cycle. A scalar load has one
-    line and no words.
+    Lines arrive one every `line_cycles`, and one row of the register file is written a cycle; neither goes on while a
+    line's request is stalled. A scalar load has one line and no words.
     """
-    return max(1, lines * p.line_cycles + stalls, -(-n // p.vector_lanes))
+    return max(1, lines * p.line_cycles, -(-n // p.vector_lanes)) + stalls
 
 
 def store_cycles(

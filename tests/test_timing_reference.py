@@ -285,8 +285,8 @@ class Device:
             return
         lines, each = self.lines_of(i, places), 64 // self.m.ddr.bytes_per_cycle
         if i.op.kind.name in ("load", "sload"):
-            beats = sum(each + self.stall(2, self.lines + j) for j in range(sum(lines)))
-            beats = max(1, beats, len(range(0, i.values.get("n", 1), self.m.vector.lanes)))
+            beats = max(1, each * sum(lines), len(range(0, i.values.get("n", 1), self.m.vector.lanes)))
+            beats += sum(self.stall(2, self.lines + j) for j in range(sum(lines)))
             self.lines += sum(lines)
         else:
             beats = max(1, sum(max(self.pieces(i), n * each) for n in lines))
