@@ -29,6 +29,9 @@ from typebar.isa.instructions import FORMAT_BYTES, Format, Patch
 from typebar.isa.machine import Machine
 from typebar.isa.timing import Cause
 
+_STEPS = ("scaling", "add_bias", "activation", "row_max", "maximum")
+"""What the epilogue does: fields of the instruction that go with its results."""
+
 
 class Steps(wiring.Component):
     """Steps of one instruction after another.
@@ -134,45 +137,21 @@ class Steps(wiring.Component):
 
     def _time(self) -> None:
         """Begin and end of a step, and the cause of what lies between."""
-        m, g, machine, job = self._m, self._g, self._machine, self.job
-        remaining = Signal(len(self._index))
-        before = Signal(ARRIVED_BITS)
+        m = self._m
+        remaining, before, needed = Signal(len(self._index)), Signal(ARRIVED_BITS), Signal(ARRIVED_BITS)
         m.d.sync += before.eq(self.arrived)
-        needed = Signal(ARRIVED_BITS)
         m.d.comb += needed.eq(self._number + self._need)
         there, was_there = ((count - needed)[:ARRIVED_BITS][-1] == 0 for count in (self.arrived, before))
-        # Steps of the last cycles: a group's sum is there `accumulate_latency` after its step's begin.
-        entries = machine.matrix.accumulate_latency
-        valid = [Signal(name=f"begun_{age}") for age in range(1, entries + 1)]
-        steps = [Signal.like(self._step, name=f"begun_step_{age}") for age in range(1, entries + 1)]
-        m.d.sync += [valid[0].eq(self._begin), steps[0].eq(self._step)]
-        for age in range(1, entries):
-            m.d.sync += [valid[age].eq(valid[age - 1]), steps[age].eq(steps[age - 1])]
-        same = [~self._first & flag & (step == self._step) for flag, step in zip(valid, steps, strict=True)]
-        summed = ~Cat(same[:-1]).any()
+        summed, just_summed = self._sums()
         loaded = (self._step != 0) | self.loaded
-        idle, hold, passes = remaining == 0, Signal.like(remaining), Signal(range(g.passes + 1))
-        m.d.comb += passes.eq((job.vectors + (g.rows - 1)) >> log2(g.rows))
-        least = Signal(range(3))
-        m.d.comb += least.eq(Mux(job.format == Format.FP32, 1 + g.two, 1))
-        usual = Mux(passes > least, passes, least)
-        self._parts = Signal(range(max(1, g.groups * g.columns // g.words) + 1))
-        m.d.comb += self._parts.eq(Mux(self._step_columns >= g.words, self._step_columns >> log2(g.words), 1))
-        rows = Signal.like(remaining)
-        parts_shift = Signal(range(log2(g.groups) + log2(max(1, g.columns // g.words)) + 2))
-        for power in range(log2(max(1, g.groups * g.columns // g.words)) + 1):
-            with m.If(self._parts == 1 << power):
-                m.d.comb += parts_shift.eq(power)
-        m.d.comb += rows.eq(job.vectors << parts_shift)
+        idle, hold = remaining == 0, self._hold()
         m.d.comb += [
-            hold.eq(Mux(self._last_chunk & (rows > usual), rows, usual)),
             self._begin.eq(self.active & idle & there & summed & loaded),
             self.advance.eq(self._begin & (self._step == 0)),
             self.computing.eq(self._begin | ~idle),
             self._end.eq(Mux(idle, self._begin & (hold == 1), remaining == 1)),
-            self.waited.eq(Mux(~was_there, Cause.WEIGHTS, Mux(same[-1], Cause.ACCUMULATE, Cause.OPERANDS))),
+            self.waited.eq(Mux(~was_there, Cause.WEIGHTS, Mux(just_summed, Cause.ACCUMULATE, Cause.OPERANDS))),
         ]
-        self._passes_now = passes
         with m.If(self._begin):
             m.d.sync += remaining.eq(hold - 1)
         with m.Elif(~idle):
@@ -181,6 +160,40 @@ class Steps(wiring.Component):
             m.d.sync += self._index.eq(0)
         with m.Elif(self.computing):
             m.d.sync += self._index.eq(self._index + 1)
+
+    def _sums(self) -> tuple[Value, Value]:
+        """Whether the sums of the same step of the chunk before are there, and are from this cycle on.
+
+        They are `accumulate_latency` cycles after that step's begin: begins are remembered for as long.
+        """
+        m, ages = self._m, range(self._machine.matrix.accumulate_latency)
+        valid = [Signal(name=f"begun_{age}") for age in ages]
+        steps = [Signal.like(self._step, name=f"begun_step_{age}") for age in ages]
+        m.d.sync += [valid[0].eq(self._begin), steps[0].eq(self._step)]
+        for age in ages[1:]:
+            m.d.sync += [valid[age].eq(valid[age - 1]), steps[age].eq(steps[age - 1])]
+        same = [~self._first & flag & (step == self._step) for flag, step in zip(valid, steps, strict=True)]
+        return ~Cat(same[:-1]).any(), same[-1]
+
+    def _hold(self) -> Value:
+        """Cycles of the step at hand; sets its passes, and `_parts`, the register rows of its results."""
+        m, g, job = self._m, self._g, self.job
+        parts = max(1, g.groups * g.columns // g.words)
+        self._passes_now, self._parts = Signal(range(g.passes + 1)), Signal(range(parts + 1))
+        parts_shift, rows, hold = Signal(range(log2(parts) + 1)), Signal.like(self._index), Signal.like(self._index)
+        for power in range(1, log2(parts) + 1):
+            with m.If(self._step_columns >= g.words << power):
+                m.d.comb += parts_shift.eq(power)
+        least, usual = Signal(range(3)), Signal.like(self._index)
+        m.d.comb += [
+            self._passes_now.eq((job.vectors + (g.rows - 1)) >> log2(g.rows)),
+            self._parts.eq(1 << parts_shift),
+            least.eq(Mux(job.format == Format.FP32, 1 + g.two, 1)),
+            usual.eq(Mux(self._passes_now > least, self._passes_now, least)),
+            rows.eq(job.vectors << parts_shift),
+            hold.eq(Mux(self._last_chunk & (rows > usual), rows, usual)),
+        ]
+        return hold
 
     # Place in the matrix -------------------------------------------------------------------------------
     def _advance(self) -> None:
@@ -294,17 +307,17 @@ class Steps(wiring.Component):
     def _drains(self) -> None:
         """The results of a step of a block's last chunk: vector by vector, row by row."""
         m, g, job = self._m, self._g, self.job
-        word = log2(g.words)
         part, vector, drained = Signal.like(self._parts), Signal(range(g.vectors)), Signal()
         outer, inner = Signal.like(job.outer), Signal.like(job.inner)
         outer_at, vector_at = Signal.like(self._base), Signal.like(self._base)
         valid, part_end, last = Signal(), Signal(), Signal()
-        next_outer = Signal.like(outer_at)
+        next_outer, row = Signal.like(outer_at), Signal.like(self.drain.row)
         m.d.comb += [
             valid.eq(self.computing & self._last_chunk & ~drained),
             part_end.eq(part == self._parts - 1),
             last.eq(part_end & (vector == job.vectors - 1)),
             next_outer.eq(outer_at + job.dst_outer),
+            row.eq((self._column >> log2(g.words)) + part),
         ]
         with m.If(valid):
             m.d.sync += [part.eq(Mux(part_end, 0, part + 1)), drained.eq(last)]
@@ -316,22 +329,9 @@ class Steps(wiring.Component):
                     m.d.sync += [inner.eq(inner + 1), vector_at.eq(vector_at + job.dst_inner)]
         with m.If(self._end):
             m.d.sync += [value.eq(0) for value in (part, vector, drained, outer, inner, outer_at, vector_at)]
-
-        drain = Signal(drain_layout(g))
-        row = Signal.like(drain.row)
-        m.d.comb += row.eq((self._column >> word) + part)
-        # Words of the row that are columns of this step, and those inside the mask's range, which ends in the next
-        # cycle: distances from the row's first word.
-        low, high = Signal(range(g.words + 1)), Signal(range(g.words + 1))
-        place = self._column[:word]
-        narrow = self._step_columns < g.words
-        ahead = Signal(signed(len(self._columns) + 2))
-        m.d.comb += ahead.eq(self._columns - (row << word))
-        inside = Mux(ahead < 0, 0, Mux(ahead > g.words, g.words, ahead))
-        end = Signal(range(2 * g.words))
-        m.d.comb += end.eq(Mux(narrow, place + self._step_columns, g.words))
-        m.d.sync += [low.eq(Mux(narrow, place, 0)), high.eq(Mux(inside < end, inside, end))]
-        self._m.d.sync += [
+        drain = Signal(self.drain.shape())
+        m.d.sync += [
+            drain.valid.eq(valid),
             drain.vector.eq(vector),
             drain.step.eq(self._step),
             drain.group.eq(self._step << self._shift),
@@ -340,37 +340,43 @@ class Steps(wiring.Component):
             drain.folded.eq(self._folded),
             drain.single.eq(job.n == 1),
             drain.block.eq(self._block),
-            drain.first.eq((self._block_column == 0) & (row == 0) & (place == 0)),
+            drain.first.eq((self._block_column == 0) & (self._column == 0) & (part == 0)),
             drain.last.eq(last & self._last_step & self._last_block),
             drain.address.eq(self._base + vector_at + row),
-            drain.scaling.eq(job.scaling),
-            drain.add_bias.eq(job.add_bias),
-            drain.activation.eq(job.activation),
-            drain.row_max.eq(job.row_max),
-            drain.maximum.eq(job.maximum),
         ]
-        first_word, masked, alone = Signal(signed(34)), Signal(), Signal.like(job.dst.word)
-        shift = Signal(range(2 * g.vectors + 1))
+        m.d.sync += [drain[name].eq(job[name]) for name in _STEPS]
+        present = self._present(row)
+        m.d.comb += [
+            self.drain.eq(drain),
+            self.drain.mask.eq(Mux(drain.single, present[0] << job.dst.word, present)),
+            self.drain.keep.eq(self._kept(row, outer, inner)),
+        ]
+
+    def _present(self, row: Value) -> Value:
+        """Words of a register row that are columns of the step, a cycle later."""
+        m, g = self._m, self._g
+        low, high = Signal(range(g.words + 1)), Signal(range(g.words + 1))
+        place, narrow = self._column[: log2(g.words)], self._step_columns < g.words
+        ahead, end = Signal(signed(len(self._columns) + 2)), Signal(range(2 * g.words))
+        m.d.comb += [
+            ahead.eq(self._columns - (row << log2(g.words))),
+            end.eq(Mux(narrow, place + self._step_columns, g.words)),
+        ]
+        inside = _words_below(m, ahead, g, "inside")
+        m.d.sync += [low.eq(Mux(narrow, place, 0)), high.eq(Mux(inside < end, inside, end))]
+        return below(high, g.words) & ~below(low, g.words)
+
+    def _kept(self, row: Value, outer: Value, inner: Value) -> Value:
+        """Words of a register row inside the mask's range, a cycle later: `job` is the instruction's for as long."""
+        m, g, job = self._m, self._g, self.job
+        first_word, shift = Signal(signed(34)), Signal(range(2 * g.vectors + 1))
         m.d.comb += shift.eq(Mux(job.mask_outer, outer, 0) + Mux(job.mask_inner, inner, 0))
-        m.d.sync += [
-            first_word.eq(self._block_column + (row << word) - shift),
-            masked.eq(job.masked),
-            alone.eq(job.dst.word),
-        ]
+        m.d.sync += first_word.eq(self._block_column + (row << log2(g.words)) - shift)
         lo, hi = Signal(signed(35)), Signal(signed(35))
         m.d.comb += [lo.eq(job.lo - first_word), hi.eq(job.hi - first_word)]
         keep = below(_words_below(m, hi, g, "hi"), g.words) & ~below(_words_below(m, lo, g, "lo"), g.words)
-        present = below(high, g.words) & ~below(low, g.words)
-        running = Signal()
-        m.d.sync += running.eq(valid)
-        single = drain.single
         everywhere = Const((1 << g.words) - 1, g.words)
-        m.d.comb += [
-            self.drain.eq(drain),
-            self.drain.valid.eq(running),
-            self.drain.mask.eq(Mux(single, present[0] << alone, present)),
-            self.drain.keep.eq(Mux(masked, Mux(single, keep[0].replicate(g.words), keep), everywhere)),
-        ]
+        return Mux(job.masked, Mux(job.n == 1, keep[0].replicate(g.words), keep), everywhere)
 
 
 def _words_below(m: Module, distance: Value, g: Geometry, name: str) -> Value:

@@ -66,8 +66,8 @@ class MatrixUnit(wiring.Component):
         """
         self.machine, g = machine, Geometry.of(machine)
         self._g = g
-        self._weights, self._compute = Weights(machine), Compute(machine)
         self._epilogue = Epilogue(machine, g.epilogue)
+        self._weights, self._compute = Weights(machine), Compute(machine)
         parts = (self._weights, self._compute, self._epilogue)
         self.shared: tuple[Shared, ...] = tuple({item.name: item for part in parts for item in part.shared}.values())
         super().__init__(

@@ -44,7 +44,34 @@ from typebar.tests.hw.matrix_bench import CAUSES, MatrixModel, Outcome
 U32Array = NDArray[np.uint32]
 U8Array = NDArray[np.uint8]
 
-MACHINES = {"tiny": {}}
+MACHINES: dict[str, dict[str, str]] = {
+    "tiny": {},
+    # Like the large one: no fold, column groups wider than a register row, float32 tiles wider than the port, and
+    # the least latencies.
+    "unfolded": {
+        "matrix.rows": "1",
+        "matrix.columns": "8",
+        "matrix.interleave": "4",
+        "matrix.vectors": "4",
+        "vector.lanes": "4",
+        "matrix.dot_latency": "11",
+        "matrix.accumulate_latency": "2",
+        "matrix.epilogue_latency": "10",
+    },
+    # FIFO rows of several steps, wider than the port; float32 tiles wider still.
+    "wide-row": {"hbm.channels": "8", "matrix.fifo_port_bytes": "64", "matrix.vectors": "5"},
+    # Several chunks and several column groups in a register row, three kinds of fold.
+    "short-chunk": {
+        "matrix.lanes": "4",
+        "matrix.rows": "4",
+        "matrix.vectors": "16",
+        "matrix.fifo_port_bytes": "64",
+        "matrix.accumulate_latency": "7",
+        "vector.lanes": "16",
+        "vector.align": "16",
+        "hbm.channels": "8",
+    },
+}
 MATMUL = BY_NAME["matmul"]
 REGION_BYTES = 1 << 20
 WAITED = 9
@@ -310,7 +337,10 @@ def describe(stream: Stream, outcome: Outcome, expected: U32Array, differ: NDArr
     return "\n".join([*lines, *(str({k: v for k, v in f.items() if v}) for f in stream.fields)])
 
 
-@pytest.fixture(scope="module", params=MACHINES)
+@pytest.fixture(
+    scope="module",
+    params=["tiny", *(pytest.param(name, marks=pytest.mark.long) for name in MACHINES if name != "tiny")],
+)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MatrixModel:
     machine = Machine.load("tiny").override(MACHINES[request.param])
     return build_model(machine, tmp_path_factory.mktemp(request.param))
@@ -332,18 +362,26 @@ def test_plain(model: MatrixModel) -> None:
         check(model, rng, build(model.machine, rng, 3, plain=True, odd=0), odd=0, hurry=bool(seed % 2))
 
 
-def test_random_instructions(model: MatrixModel) -> None:
-    for seed in range(100):
+@pytest.mark.parametrize("seeds", [range(200), pytest.param(range(200, 3000), marks=pytest.mark.long)])
+def test_random_instructions(model: MatrixModel, seeds: range) -> None:
+    """Streams of a few instructions, back to back where they are independent; every other one with rows on time."""
+    for seed in seeds:
         rng = np.random.default_rng(seed)
         odd = float(rng.choice([0, 0, 0.001, 0.03]))
-        check(model, rng, build(model.machine, rng, 4, odd=odd), odd=odd, hurry=bool(seed % 2))
+        stream = build(model.machine, rng, int(rng.integers(1, 9)), odd=odd)
+        check(model, rng, stream, odd=odd, hurry=bool(seed % 2))
 
 
 @pytest.mark.parametrize(
-    "setting",
-    ["matrix.dot_latency=10", "matrix.accumulate_latency=1", "matrix.epilogue_latency=9", "matrix.interleave=1"],
+    ("settings", "named"),
+    [
+        ({"matrix.dot_latency": "10"}, "matrix.dot_latency"),
+        ({"matrix.accumulate_latency": "1"}, "matrix.accumulate_latency"),
+        ({"matrix.epilogue_latency": "9"}, "matrix.epilogue_latency"),
+        ({"hbm.latency": "3"}, "hbm.latency"),
+        ({"vector.lanes": "128", "vector.align": "128"}, "vector.lanes"),
+    ],
 )
-def test_a_pipeline_that_cannot_keep_the_contract_is_refused(setting: str) -> None:
-    key, value = setting.split("=")
-    with pytest.raises(TypebarError, match=key):
-        MatrixUnit(Machine.load("tiny").override({key: value}))
+def test_a_machine_that_cannot_be_built_is_refused(settings: dict[str, str], named: str) -> None:
+    with pytest.raises(TypebarError, match=named):
+        MatrixUnit(Machine.load("tiny").override(settings))
