@@ -5,8 +5,12 @@ which keeps what comes from the other neighbour until it lies in the register fi
 their gather's number and length. A row is sent only if the receiver has a place for it (credits), and the receiver can
 hold everything that a neighbour may send before this device starts, so that at fixed latency no sender ever waits.
 
+A segment of the register file takes one row a cycle, so the own block and both directions take turns. From the start
+on all rows are written in `devices` times a block's rows, or as they come: if a link takes two cycles or more for a
+row, two links never outrun the file. (Faster links do, for the difference, in rings of three or more.)
+
 Latency: a row that is due in cycle y is on the link in y + 1; a block whose last row the link delivers in cycle c is
-whole in c + 2. The link between two units therefore takes `hop_latency - PIPELINE_CYCLES` cycles, credits too.
+whole in c + 3. The link between two units therefore takes `hop_latency - PIPELINE_CYCLES` cycles, credits too.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ from typebar.isa.instructions import TARGET_BITS
 from typebar.isa.machine import MAX_DEVICES, Machine, MachineError
 from typebar.isa.timing import Cause
 
-PIPELINE_CYCLES = 2
+PIPELINE_CYCLES = 3
 """Of a hop's latency, the cycles that the two units spend; the rest is the link's."""
 LEAST_SETUP_CYCLES = READ_CYCLES + 2
 """From an instruction's start to its first row in a sender's memory."""
@@ -214,8 +218,9 @@ class Receiver(wiring.Component):
 
     `arm` starts to write a gather's `hops` blocks of `rows` rows: the first block to `first_row`, that of device
     `first_source`, the next `rows` further down (clockwise) or up, but to `wrap_row`, that of `wrap_source`, at the
-    ring's end. No row is written in the cycle after one with `block`. `drained` from the cycle in which the last is
-    written. `wrong`: the row now at the port has another number or length than `sequence` and `words`.
+    ring's end. No row is written in the cycle after one with `block`; `wants` to write one. `drained` once the last is
+    written and whole, if all others are sent on. `wrong`: the row at the port has another number or length than
+    `sequence` and `words`.
 
     `whole`: a block is there that the sender has not taken; `take`, `advance`, `forward`, `forwarded` as in `Sender`.
     `finish` ends the gather. `credit` for each row whose place is free again.
@@ -242,6 +247,7 @@ class Receiver(wiring.Component):
                 "wrap_source": In(DEVICE_BITS),
                 "last_source": In(DEVICE_BITS),
                 "block": In(1),
+                "wants": Out(1),
                 "write": Out(write_port(machine)),
                 "drained": Out(1),
                 "wrong": Out(1),
@@ -291,13 +297,15 @@ class Receiver(wiring.Component):
         drains, valid, address = Signal(), Signal(), Signal.like(self.first_row)
         following = target - self.rows if self.clockwise else target + self.rows
         m.d.comb += [
-            drains.eq(some & (left != 0) & ~self.block),
+            self.wants.eq(some & (left != 0)),
+            drains.eq(self.wants & ~self.block),
             read.en.eq(drains),
             self.write.address.eq(address),
             self.write.mask.eq(Mux(valid & (self.rows != 0) & ~self.wrong, (1 << self.machine.vector.lanes) - 1, 0)),
             self.write.data.eq(read.data.row),
             self.wrong.eq(valid & ((read.data.sequence != self.sequence) | (read.data.words != self.words))),
-            self.drained.eq(left == 0),
+            # With nothing left to send on, the block not taken is the gather's last, and has come in whole.
+            self.drained.eq((left == 0) & (self.whole | (self.hops == 0))),
             self.moves.eq(drains),
         ]
         m.d.sync += [valid.eq(drains), address.eq(target + row)]
@@ -315,9 +323,10 @@ class Receiver(wiring.Component):
 
     def _count_blocks(self, m: Module) -> None:
         """Blocks received in whole and not taken; a gather's last is not sent on, so its end takes it."""
-        arrived, count = Signal(), Signal(range(2 * MAX_DEVICES))
+        last, arrived, count = Signal(), Signal(), Signal(range(2 * MAX_DEVICES))
         m.d.sync += [
-            arrived.eq(self.link.valid & self.link.payload.last),
+            last.eq(self.link.valid & self.link.payload.last),
+            arrived.eq(last),
             count.eq(count + arrived - (self.take | (self.finish & (self.hops != 0)))),
         ]
         m.d.comb += self.whole.eq(count != 0)
@@ -374,7 +383,7 @@ class RingUnit(wiring.Component):
 
     `issued`: a transfer is a gather's start; `ready` exactly when the unit is free. `completed` is the ticket of the
     last gather done (docs/timing.md, "Ring"). The own block is read through `read` and written through `ring_ccw`,
-    received ones through the port of their direction, all after the start and before `done`.
+    received ones through the port of their direction, all after the start and before `done`, one row in a cycle.
 
     Links: `cw_out` to rank + 1, `cw_in` from rank - 1, `ccw_out` to rank - 1, `ccw_in` from rank + 1. `*_out_credit`
     is set for a cycle for every place that the receiver of `*_out` has emptied; `*_in_credit` is that receiver's side.
@@ -448,12 +457,14 @@ class RingUnit(wiring.Component):
             timer.rows.eq(self._rows),
         ]
         self._instruction()
-        own = self._read_own()
+        own, receivers = self._read_own(), []
         for index, name in enumerate(("cw", "ccw")):
             m.submodules[f"{name}_sender"] = sender = Sender(self.machine)
             m.submodules[f"{name}_receiver"] = receiver = Receiver(self.machine, clockwise=index == 0)
             self._direction(index, name, sender, receiver)
             self._feed(index, sender, receiver, own)
+            receivers.append(receiver)
+        self._take_turns(*receivers)
         return m
 
     # The instruction -----------------------------------------------------------------------------------
@@ -489,10 +500,10 @@ class RingUnit(wiring.Component):
             stage.eq((stage << 1) | self._start),
             self._own.eq(self._dst + self.rank * self._rows),
             self._top.eq(self._dst + (self.devices - 1) * self._rows),
-            self._writing.eq((self._hops[1] + 1) * self._rows),
+            self._writing.eq(self.devices * self._rows),
         ]
         with m.If(stage[1]):
-            # The anticlockwise port writes the own block and those received, a row a cycle from the setup's end.
+            # All rows enter the register file, one a cycle from the setup's end.
             m.d.sync += [self._armed.eq(1), port_time.eq(self._writing + (self.machine.ring.setup_latency - 3))]
         with m.Elif(port_time != 0):
             m.d.sync += port_time.eq(port_time - 1)
@@ -571,7 +582,7 @@ class RingUnit(wiring.Component):
         ]
 
     def _feed(self, index: int, sender: Sender, receiver: Receiver, own: tuple[Signal, Signal]) -> None:
-        """Give a sender the own block, and a receiver its write port, which the own block has first if they share."""
+        """Give a sender the own block, and a receiver its write port."""
         m, (valid, number) = self._m, own
         port = (self.ring_cw, self.ring_ccw)[index]
         m.d.comb += [
@@ -583,10 +594,19 @@ class RingUnit(wiring.Component):
             port.data.eq(receiver.write.data),
         ]
         if port is self.ring_ccw:
-            m.d.comb += receiver.block.eq(self._own_follows)
             with m.If(valid):
                 m.d.comb += [
                     port.address.eq(self._own + number),
                     port.mask.eq((1 << self.machine.vector.lanes) - 1),
                     port.data.eq(self.read.data),
                 ]
+
+    def _take_turns(self, clockwise: Receiver, anticlockwise: Receiver) -> None:
+        """One row in a cycle: the own block's, which cannot wait, then the directions' in turn."""
+        m, turn = self._m, Signal()
+        both = clockwise.wants & anticlockwise.wants & ~self._own_follows
+        m.d.sync += turn.eq(turn ^ both)
+        m.d.comb += [
+            clockwise.block.eq(self._own_follows | (both & turn)),
+            anticlockwise.block.eq(self._own_follows | (both & ~turn)),
+        ]

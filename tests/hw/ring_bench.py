@@ -120,9 +120,11 @@ class RingBench(wiring.Component):
             load.en.eq(self.load[device]), load.addr.eq(self.load_row), load.data.eq(self.load_data),
         ]  # fmt: skip
         m.d.sync += unit.read.data.eq(read.data)
-        for port in (unit.ring_cw, unit.ring_ccw):
-            write = memory.write_port(granularity=1)
-            m.d.sync += [write.en.eq(port.mask), write.addr.eq(port.address), write.data.eq(port.data)]
+        # One row in a cycle, as a segment takes it: with two the second is lost.
+        write, first, second = memory.write_port(granularity=1), unit.ring_cw, unit.ring_ccw
+        for field in ("address", "mask", "data"):
+            target = {"address": write.addr, "mask": write.en, "data": write.data}[field]
+            m.d.sync += target.eq(Mux(first.mask.any(), getattr(first, field), getattr(second, field)))
         outputs = {
             "ready": unit.issued.ready, "completed": unit.completed, "activity": unit.activity,
             "writes": Cat(unit.ring_cw.mask.any(), unit.ring_ccw.mask.any()), "waiting": unit.waiting,

@@ -372,7 +372,7 @@ class _Author:
             dst_outer=dst_outer, dst_inner=dst_inner, lo=self.random.choice([0, 0, 3]),
             hi=self.operand(self.random.choice([n, n // 2])), bias=self.place(n),
             scale=self.place(n if scaling == Scale.COLUMN else 1, aligned=scaling == Scale.COLUMN),
-            maximum=self.place(outer * inner, True, False), patch_src=self.place(k if patch == Patch.COLUMN else n),
+            maximum=self.place(outer * inner, True, outer * inner > 1), patch_src=self.place(k if patch == Patch.COLUMN else n),
             patch_at=self.random.choice([0, 1, 7, self.random.randrange(80)]),
         )  # fmt: skip
 

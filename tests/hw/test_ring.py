@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 
 from typebar.hw.ports import activity_layout, completed_shape, file_rows
-from typebar.hw.ring import RingUnit
+from typebar.hw.ring import RingUnit, pace
 from typebar.isa.errors import TypebarError
 from typebar.isa.machine import Machine
 from typebar.isa.timing import Cause, gather_cycles, gather_done, timing_parameters
@@ -18,9 +19,9 @@ from typebar.tests.hw.ring_bench import MOST, Ring
 SEED = 1
 MACHINES = {
     "tiny": {"vector.words": "1024", "ring.buffer_words": "512"},
-    "full rate, short hops": {
-        "vector.words": "1024", "vector.lanes": "16", "vector.align": "16", "ring.megabits_per_second": "97000",
-        "ring.hop_latency": "3", "ring.setup_latency": "4", "ring.buffer_words": "1024",
+    "two cycles a row, short hops": {
+        "vector.words": "1024", "vector.lanes": "16", "vector.align": "16", "ring.megabits_per_second": "51000",
+        "ring.hop_latency": "4", "ring.setup_latency": "4", "ring.buffer_words": "1024",
     },
     "a row a cycle, long hops": {
         "vector.words": "1024", "ring.megabits_per_second": "51200", "ring.hop_latency": "37",
@@ -52,7 +53,7 @@ class Plan:
 
 
 def _done(machine: Machine, n: int, starts: list[int], stalled: bool, before: int) -> list[int]:
-    """When a gather is done: the contract's recurrence, and time to write the own block through its port."""
+    """When a gather is done: the contract's recurrence, and time to write all rows."""
     p, devices = timing_parameters(machine, SEED if stalled else 0), len(starts)
     done = np.zeros(devices, np.int64)
     gather_done(p, n, np.array(starts), np.zeros(devices, np.int64), done, before)
@@ -61,8 +62,8 @@ def _done(machine: Machine, n: int, starts: list[int], stalled: bool, before: in
 
 
 def _port_rows(machine: Machine, n: int, devices: int) -> int:
-    """Rows that the anticlockwise port writes: the own block's and those received."""
-    return -(-n // machine.vector.lanes) * ((devices - 1) // 2 + 1)
+    """Rows that enter the register file, one a cycle."""
+    return -(-n // machine.vector.lanes) * devices
 
 
 def _plan(machine: Machine, devices: int, count: int, seed: int, stalled: bool, origin: int) -> Plan:
@@ -153,13 +154,14 @@ def _check_times(machine: Machine, plan: Plan, out: dict[str, U32Array]) -> None
         mine = out[f"activity_{d}"][origin:end]
         is_active = (mine & 1).astype(bool)
         assert np.array_equal(np.where(is_active, mine, 0), active[origin:]), f"device {d}: activity"
+        assert (out[f"writes_{d}"] != 3).all(), f"device {d}: two rows in a cycle"
         assert not (out[f"writes_{d}"][origin:end].astype(bool) & ~may_write[origin:]).any(), f"device {d}: writes"
         assert not out[f"mismatch_{d}"].any()
 
 
 @pytest.fixture(
     scope="module",
-    params=["tiny", "full rate, short hops", pytest.param("a row a cycle, long hops", marks=pytest.mark.long)],
+    params=["tiny", "two cycles a row, short hops", pytest.param("a row a cycle, long hops", marks=pytest.mark.long)],
 )
 def ring(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ring:
     machine = Machine.load("tiny").override(MACHINES[request.param])
@@ -170,6 +172,8 @@ def ring(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("devices", range(1, MOST + 1))
 def test_gathers_keep_the_contract(ring: Ring, devices: int, stalled: bool) -> None:
     machine = ring.machine
+    if pace(machine) == (1, 1) and devices > 2:
+        pytest.skip("two links that bring a row a cycle outrun the register file")
     plan = _plan(machine, devices, 40, 100 * devices + stalled, stalled, _origin(machine))
     cycles, given = _inputs(machine, plan, stalled)
     out = ring.run(cycles, given)
@@ -235,9 +239,10 @@ def test_waiting_is_told(ring: Ring) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("setup_latency", "3"), ("hop_latency", "2"), ("megabits_per_second", "51201")]
+    ("key", "value"), [("setup_latency", "3"), ("hop_latency", "3"), ("megabits_per_second", "51201")]
 )
 def test_a_machine_faster_than_the_unit_is_refused(key: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RingUnit, "_MustUse__silence", True)
     with pytest.raises(TypebarError, match=key):
         RingUnit(Machine.load("tiny").override({f"ring.{key}": value}))
+    gc.collect()  # while an unused unit is no cause for a warning
