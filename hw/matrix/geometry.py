@@ -16,7 +16,7 @@ from amaranth.lib import data
 from typebar.hw.arith.convert import FORMAT_BITS
 from typebar.hw.control.decoder import modifier, slot
 from typebar.hw.control.tickets import ticket_bits
-from typebar.hw.matrix.epilogue import ACTIVATION_BITS
+from typebar.hw.matrix.epilogue import ACTIVATION_BITS, least_latency
 from typebar.hw.memory.fetch import most_freed, port_rows
 from typebar.hw.ports import file_rows
 from typebar.isa.checks import MAX_DOT_LENGTH
@@ -82,7 +82,11 @@ class Geometry:
             machine, matrix.lanes, matrix.columns, matrix.rows, matrix.interleave, matrix.vectors,
             machine.vector.lanes, matrix.fifo_port_bytes, machine.row_bytes,
         )  # fmt: skip
-        for key, least in (("dot_latency", TILE_LAG + 1), ("accumulate_latency", 2), ("epilogue_latency", 3 + g.two)):
+        for key, least in (
+            ("dot_latency", TILE_LAG + 1),
+            ("accumulate_latency", 2),
+            ("epilogue_latency", least_latency(machine) + 2 + g.two),
+        ):
             if getattr(matrix, key) < least:
                 raise MachineError(
                     f"{machine.name}: matrix.{key} = {getattr(matrix, key)} is faster than the hardware's pipeline:"
