@@ -2,8 +2,8 @@
 
 Each Verilog module is synthesised once, out of context and without flattening, and counts as often as it is
 instantiated. Yosys is no judge of deep or wide memories, so these are taken out before mapping and counted from their
-shapes (`memory_cells`). LUTs are those of the netlist, before two small ones share a site, and shift registers count
-as LUTs: a placed design has fewer.
+shapes (`memory_cells`). LUTs are those of the netlist, shift registers among them, before two small ones share a site:
+a placed design has fewer.
 """
 
 from __future__ import annotations
@@ -29,8 +29,15 @@ KINDS = ("LUT", "FF", "DSP", "BRAM", "URAM")
 """Resources counted; BRAM in blocks of 36 kbit, which can be halved."""
 Resources = dict[str, float]
 """Number of each of `KINDS`."""
-_PRIMITIVES = {"LUT": "LUT", "SRL": "LUT", "INV": "LUT", "FD": "FF", "DSP48": "DSP"}
-"""Kind by the start of a cell's name. Carry chains and wide multiplexers come with the LUTs."""
+_PRIMITIVES: Mapping[str, Resources] = {
+    "LUT": {"LUT": 1},
+    "INV": {"LUT": 1},
+    "SRL16": {"LUT": 0.5},
+    "SRLC32": {"LUT": 1},
+    "FD": {"FF": 1},
+    "DSP48": {"DSP": 1},
+}
+"""By the start of a cell's name. A LUT holds two shift registers of 16 bits (UG574); carry chains come with LUTs."""
 _HALF_BLOCKS = ((36, 512), (18, 1024), (9, 2048), (4, 4096), (2, 8192), (1, 16384))
 """Width and depth of half a block RAM with one write and one read port (UG573)."""
 _ULTRA = (72, 4096)
@@ -149,7 +156,10 @@ def _instances(top: str, cells: Mapping[str, Mapping[str, int]]) -> dict[str, in
 def _primitives(cells: Mapping[str, int]) -> Resources:
     """Resources of a module's own cells but its memories."""
     return add(
-        {kind: count} for cell, count in cells.items() for start, kind in _PRIMITIVES.items() if cell.startswith(start)
+        {kind: count * number for kind, number in parts.items()}
+        for cell, count in cells.items()
+        for start, parts in _PRIMITIVES.items()
+        if cell.startswith(start)
     )
 
 
