@@ -19,6 +19,13 @@ READ_CYCLES = 2
 WRITE_CYCLES = 2
 """Register file: from the cycle in which a write is presented to the first whose read address sees it."""
 CAUSE_BITS = max(Cause).bit_length()
+_BLOCK_RAM_DEPTH = 512
+"""Words that a block RAM holds at its full width."""
+
+
+def deep(depth: int) -> dict[str, str]:
+    """Attributes of a wide memory of `depth` words with one write port: UltraRAM if block RAM would be stacked."""
+    return {"ram_style": "ultra"} if depth > _BLOCK_RAM_DEPTH else {}
 
 
 def file_rows(machine: Machine) -> int:

@@ -31,6 +31,7 @@ from typebar.hw.ports import (
     READ_CYCLES,
     activity_layout,
     completed_shape,
+    deep,
     file_rows,
     link_layout,
     read_port,
@@ -263,7 +264,9 @@ class Receiver(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         """Four pointers chase one another: written, drained, sent on, and given back to the neighbour."""
         m = Module()
-        m.submodules.buffer = buffer = Memory(shape=link_layout(self.machine), depth=len(self.address), init=[])
+        m.submodules.buffer = buffer = Memory(
+            shape=link_layout(self.machine), depth=len(self.address), init=[], attrs=deep(len(self.address))
+        )
         written, drained, sent, returned = (
             Signal(len(self.address).bit_length(), name=name) for name in ("written", "drained_to", "sent", "returned")
         )

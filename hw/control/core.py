@@ -19,7 +19,7 @@ from typebar.hw.control.queue import TicketQueue
 from typebar.hw.control.scalar import ScalarUnit
 from typebar.hw.control.scoreboard import FETCH_DOMAINS, Scoreboard
 from typebar.hw.control.tickets import UNIT_DOMAINS, Domain, ticket_bits
-from typebar.hw.ports import CAUSE_BITS, READ_CYCLES, activity_layout
+from typebar.hw.ports import CAUSE_BITS, READ_CYCLES, activity_layout, deep
 from typebar.isa.instructions import (
     COUNT_REGISTER,
     DEVICE_REGISTER,
@@ -176,7 +176,7 @@ class ControlCore(wiring.Component):
     def _fetch(self) -> tuple[Value, Value, Value, Value]:
         """Program memory and its address; D's index, validity, being outside the program, and word."""
         m = self._m
-        m.submodules.program = program = Memory(shape=WORD_BITS, depth=self.words, init=[])
+        m.submodules.program = program = Memory(shape=WORD_BITS, depth=self.words, init=[], attrs=deep(self.words))
         write, read = program.write_port(), program.read_port()
         target = modifier(self._decoded["modifiers"], "beq", "to")
         fetch_pc, address = Signal(TARGET_BITS), Signal(TARGET_BITS)

@@ -22,7 +22,7 @@ from amaranth.lib.wiring import In, Out
 from typebar.hw.control.core import issued_layout
 from typebar.hw.control.decoder import modifier, slot
 from typebar.hw.control.tickets import Domain
-from typebar.hw.ports import CAUSE_BITS, activity_layout, axi_read, completed_shape
+from typebar.hw.ports import CAUSE_BITS, activity_layout, axi_read, completed_shape, deep
 from typebar.hw.replicate import Shared
 from typebar.isa.checks import MAX_DOT_LENGTH
 from typebar.isa.instructions import FORMAT_BYTES, HBM_REGIONS, TARGET_BITS, Format
@@ -38,8 +38,6 @@ LEAST_LATENCY = REQUEST_CYCLES + 1 + ARRIVAL_CYCLES
 FIFO_READ_CYCLES = 2
 """From the cycle in which a `place` is presented to the one in which its rows are there."""
 ARRIVED_BITS = 16
-_BLOCK_RAM_DEPTH = 512
-"""Rows that a block RAM holds at its full width; a deeper FIFO is better kept in UltraRAM."""
 _SIZES = tuple(sorted(set(FORMAT_BYTES.values())))
 
 
@@ -77,8 +75,7 @@ class FetchLane(wiring.Component):
     def __init__(self, rows: int, banks: int, bits: int) -> None:
         """A FIFO of `rows`, a multiple of `banks` (a power of two), of `bits` of this channel."""
         self.rows, self.banks, self.bits, self.depth = rows, banks, bits, rows // banks
-        attributes = {"ram_style": "ultra"} if self.depth > _BLOCK_RAM_DEPTH else {}
-        self.memories = [Memory(shape=bits, depth=self.depth, init=[], attrs=attributes) for _ in range(banks)]
+        self.memories = [Memory(shape=bits, depth=self.depth, init=[], attrs=deep(self.depth)) for _ in range(banks)]
         self.ahead = Signal(range(rows + 1))
         self.bank, self.place = Signal(range(max(2, banks))), Signal(range(max(2, self.depth)))
         self.valid, self.word = Signal(), Signal(bits)
