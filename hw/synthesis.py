@@ -122,7 +122,7 @@ def synthesise(component: wiring.Component) -> list[Module]:
         text = _ZEROS.sub("", "".join(convert(component, top).values()))
         (folder / "design.v").write_text(text)
         if not _yosys(folder, _script(top, text)):
-            _yosys(folder, _script(top, text, least=sys.maxsize))
+            _yosys(folder, _script(top, text, abc9=False))
         if not (folder / "stat.json").exists():
             raise TypebarError(f"Yosys gave up on {type(component).__name__}: try it by itself")
         memories = json.loads((folder / "memories.json").read_text())["modules"]
@@ -171,16 +171,17 @@ def _yosys(folder: Path, script: str) -> bool:
     return (folder / "stat.json").exists()
 
 
-def _script(top: str, text: str, least: int = _REPLICATED) -> str:
-    """The passes for a design; ABC9 maps leaves of which there are `least` or more."""
+def _script(top: str, text: str, abc9: bool = True) -> str:
+    """The passes for a design; with `abc9`, that maps replicated leaves."""
     found = {match[1]: match[0] for match in _MODULE.finditer(text)}
     cells = {name: Counter(cell for cell in _INSTANCE.findall(body) if cell in found) for name, body in found.items()}
     numbers = _instances(top, cells)
     leaves: list[str] = []
     others: list[str] = []
     for name, body in found.items():
-        deep = cells[name] or _MEMORY.search(body) or numbers.get(name, 0) < least
-        (others if deep else leaves).append(name)
+        alone = not cells[name] and not _MEMORY.search(body)
+        often = len(found) == 1 or numbers.get(name, 0) >= _REPLICATED
+        (leaves if abc9 and alone and often else others).append(name)
     mapped = f"abc9 -luts 2:2,3,6:5 {' '.join(leaves)}" if leaves else ""
     return _SCRIPT.format(top=top, leaves=mapped, others=" ".join(others) or "t:nothing")
 
