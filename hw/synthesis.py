@@ -39,7 +39,7 @@ _PRIMITIVES: Mapping[str, Resources] = {
 }
 """By the start of a cell's name. A LUT holds two shift registers of 16 bits (UG574); carry chains come with LUTs."""
 _HALF_BLOCKS = ((36, 512), (18, 1024), (9, 2048), (4, 4096), (2, 8192), (1, 16384))
-"""Width and depth of half a block RAM with one write and one read port (UG573)."""
+"""Width and depth of half a block RAM with one write and one read port; the first is for no others (UG573)."""
 _ULTRA = (72, 4096)
 _ENABLED_BITS = 9
 """Bits of block RAM or UltraRAM that share a write enable."""
@@ -82,11 +82,14 @@ def add(parts: Iterable[Resources]) -> Resources:
     return total
 
 
-def memory_cells(width: int, depth: int, reads: int, clocked: bool, style: str = "", word: int = 0) -> Resources:
+def memory_cells(
+    width: int, depth: int, reads: int, clocked: bool, style: str = "", word: int = 0, rom: bool = False
+) -> Resources:
     """Cells of a memory with at most one write port; every read port beyond the first needs a copy.
 
-    `clocked` read ports have a register; others force LUTs. `style` is the memory's `ram_style`, if any (`ultra`,
-    `block`, `distributed`); `word` is how many adjacent bits share a write enable (0: all of them).
+    A memory that nothing writes (`rom`) has both ports of its blocks to read. `clocked` read ports have a register;
+    others force LUTs. `style` is the memory's `ram_style`, if any (`ultra`, `block`, `distributed`); `word` is how many
+    adjacent bits share a write enable (0: all of them).
     """
     copies = max(1, reads)
     if style == "distributed" or not clocked or (not style and depth <= _DISTRIBUTED_DEPTH):
@@ -97,7 +100,10 @@ def memory_cells(width: int, depth: int, reads: int, clocked: bool, style: str =
         width = width // word * -(-word // _ENABLED_BITS) * _ENABLED_BITS
     if style == "ultra":
         return {"URAM": copies * -(-width // _ULTRA[0]) * -(-depth // _ULTRA[1])}
-    return {"BRAM": copies * min(-(-width // wide) * -(-depth // deep) for wide, deep in _HALF_BLOCKS) / 2}
+    shapes = _HALF_BLOCKS
+    if rom:
+        copies, shapes = -(-copies // 2), _HALF_BLOCKS[1:]
+    return {"BRAM": copies * min(-(-width // wide) * -(-depth // deep) for wide, deep in shapes) / 2}
 
 
 @dataclass(frozen=True)
@@ -198,5 +204,6 @@ def _memories(cells: Mapping[str, Any]) -> Resources:
         enables = [sum(1 for _ in run) for _, run in groupby(cell["connections"]["WR_EN"])]
         word = enables[0] if len(enables) > 1 else 0
         style = cell["attributes"].get("ram_style", "")
-        parts.append(memory_cells(width, depth, reads, bool(clocked), style, word))
+        rom = not cell["connections"]["WR_EN"]
+        parts.append(memory_cells(width, depth, reads, bool(clocked), style, word, rom))
     return add(parts)

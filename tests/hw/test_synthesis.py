@@ -28,6 +28,7 @@ from typebar.hw.synthesis import KINDS, Module, memory_cells, synthesise, total
         ({"width": 1, "depth": 16384, "reads": 1, "clocked": True}, {"BRAM": 0.5}),
         ({"width": 512, "depth": 768, "reads": 1, "clocked": True, "style": "ultra"}, {"URAM": 8}),
         ({"width": 72, "depth": 4097, "reads": 1, "clocked": True, "style": "ultra"}, {"URAM": 2}),
+        ({"width": 108, "depth": 1024, "reads": 2, "clocked": True, "rom": True}, {"BRAM": 3}),
         # Eight LUTs: 14 bits of 32 words, or 7 bits of 64.
         ({"width": 14, "depth": 32, "reads": 3, "clocked": False}, {"LUT": 24, "FF": 0}),
         ({"width": 8, "depth": 64, "reads": 1, "clocked": True}, {"LUT": 16, "FF": 8}),
