@@ -15,9 +15,7 @@ whole in c + 3. The link between two units therefore takes `hop_latency - PIPELI
 
 from __future__ import annotations
 
-from math import gcd
-
-from amaranth.hdl import Module, Mux, Signal, Value, signed
+from amaranth.hdl import Module, Mux, Signal, Value
 from amaranth.lib import stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -37,6 +35,7 @@ from typebar.hw.ports import (
     read_port,
     write_port,
 )
+from typebar.hw.ring_time import HOP_BITS, GatherTimer, Pacer, pace
 from typebar.isa.instructions import TARGET_BITS
 from typebar.isa.machine import MAX_DEVICES, Machine, MachineError
 from typebar.isa.timing import Cause
@@ -47,7 +46,6 @@ LEAST_SETUP_CYCLES = READ_CYCLES + 2
 """From an instruction's start to its first row in a sender's memory."""
 CREDIT_CYCLES = 8
 """More than the units add to two hops between a row's sending and the return of its place."""
-HOP_BITS = (MAX_DEVICES // 2).bit_length()
 LEAST_PLACES = MAX_DEVICES
 """Rows that a receiver holds even on the smallest register file: a gather of nothing still sends a row a block."""
 
@@ -55,13 +53,6 @@ LEAST_PLACES = MAX_DEVICES
 def link_cycles(machine: Machine) -> int:
     """Latency of the link between two units, from the transfer out of one to the transfer into the next."""
     return machine.ring.hop_latency - PIPELINE_CYCLES
-
-
-def pace(machine: Machine) -> tuple[int, int]:
-    """Cycles that a link takes for one row of the register file, as a fraction in lowest terms, 1 or more."""
-    cycles, over = 32 * machine.vector.lanes * machine.clock_mhz, machine.ring.megabits_per_second
-    common = gcd(cycles, over)
-    return cycles // common, over // common
 
 
 def places(machine: Machine) -> int:
@@ -75,59 +66,6 @@ def places(machine: Machine) -> int:
     travelling = -(-(2 * machine.ring.hop_latency + CREDIT_CYCLES) * over // cycles)
     least = max(LEAST_PLACES, file_rows(machine) // 2, file_rows(machine) // 4 + travelling)
     return 1 << (least - 1).bit_length()
-
-
-class Pacer(wiring.Component):
-    """Spreads a block's rows over the cycles a link takes for them: row i is due in cycle ceil((i + 1) pace) - 1.
-
-    So the last of R rows is due in cycle ceil(R pace) - 1, and the block takes `slice_cycles`. A block of no rows is
-    one row, due at once. `begin` is the block's first cycle, with `rows` held until its last; a cycle with `hold` does
-    not count, and `stop` gives the block up. `due`, `row` and `last` (of a due row) follow in the same cycle; `running`
-    from `begin` to the last row.
-    """
-
-    def __init__(self, machine: Machine) -> None:
-        """The pace of a machine's links."""
-        self.cycles, self.over = pace(machine)
-        self.count = range(file_rows(machine) + 1)
-        super().__init__(
-            {
-                "begin": In(1),
-                "hold": In(1),
-                "stop": In(1),
-                "rows": In(self.count),
-                "due": Out(1),
-                "row": Out(self.count),
-                "last": Out(1),
-                "running": Out(1),
-            }
-        )
-
-    def elaborate(self, platform: object) -> Module:
-        """`lead` is (cycles passed, this one included) x over - (rows, the next included) x cycles."""
-        m = Module()
-        kept, lead = Signal(signed(self.cycles.bit_length() + 2)), Signal(signed(self.cycles.bit_length() + 2))
-        busy, kept_row = Signal(), Signal(self.count)
-        first = Mux(self.rows == 0, 0, self.over - self.cycles)
-        m.d.comb += [
-            lead.eq(Mux(self.begin, first, kept)),
-            self.row.eq(Mux(self.begin, 0, kept_row)),
-            self.running.eq(self.begin | busy),
-            self.due.eq(self.running & (lead >= 0)),
-            self.last.eq(self.row + 1 >= self.rows),
-        ]
-        with m.If(self.running):
-            with m.If(self.hold):
-                m.d.sync += [busy.eq(1), kept.eq(lead), kept_row.eq(self.row)]
-            with m.Else():
-                m.d.sync += [
-                    busy.eq(~(self.due & self.last)),
-                    kept.eq(lead + self.over - Mux(self.due, self.cycles, 0)),
-                    kept_row.eq(self.row + self.due),
-                ]
-        with m.If(self.stop):
-            m.d.sync += busy.eq(0)
-        return m
 
 
 class Sender(wiring.Component):
@@ -333,52 +271,6 @@ class Receiver(wiring.Component):
             count.eq(count + arrived - (self.take | (self.finish & (self.hops != 0)))),
         ]
         m.d.comb += self.whole.eq(count != 0)
-
-
-class GatherTimer(wiring.Component):
-    """How long a gather takes if all devices start it together (`isa.timing.gather_cycles`), as cycles pass.
-
-    `launch` in the gather's first cycle; `setup` is over `setup_latency` cycles later, `over` in the cycle before that
-    in which such a gather is done (but for the writes to the register file, which the unit times). A device that starts
-    last is done sooner, and may launch the next gather before this one is over.
-    """
-
-    def __init__(self, machine: Machine) -> None:
-        """The latencies of a machine."""
-        self.machine = machine
-        super().__init__(
-            {
-                "launch": In(1),
-                "hops": In(HOP_BITS),
-                "rows": In(range(file_rows(machine) + 1)),
-                "setup": Out(1),
-                "over": Out(1),
-            }
-        )
-
-    def elaborate(self, platform: object) -> Module:
-        """A block, then a hop, `hops` times."""
-        m = Module()
-        ring = self.machine.ring
-        m.submodules.pacer = pacer = Pacer(self.machine)
-        wait, left, block = Signal(range(max(ring.setup_latency, ring.hop_latency + 1))), Signal(HOP_BITS), Signal()
-        m.d.comb += [
-            pacer.rows.eq(self.rows),
-            pacer.stop.eq(self.launch),
-            pacer.begin.eq(self.setup & (wait == 0) & (left != 0) & ~block),
-            self.over.eq(self.setup & (wait == 0) & (left == 0)),
-        ]
-        with m.If(wait != 0):
-            m.d.sync += wait.eq(wait - 1)
-        with m.If(wait == 1):
-            m.d.sync += self.setup.eq(1)
-        with m.If(pacer.running):
-            m.d.sync += block.eq(1)
-        with m.If(pacer.due & pacer.last):
-            m.d.sync += [block.eq(0), wait.eq(ring.hop_latency), left.eq(left - 1)]
-        with m.If(self.launch):
-            m.d.sync += [wait.eq(ring.setup_latency - 1), left.eq(self.hops), self.setup.eq(0), block.eq(0)]
-        return m
 
 
 class RingUnit(wiring.Component):
@@ -605,9 +497,9 @@ class RingUnit(wiring.Component):
                 ]
 
     def _take_turns(self, clockwise: Receiver, anticlockwise: Receiver) -> None:
-        """One row in a cycle: the own block's, which cannot wait, then the directions' in turn."""
+        """A row in a cycle: the own block's, which cannot wait, then the directions' in turn. Empty ones need none."""
         m, turn = self._m, Signal()
-        both = clockwise.wants & anticlockwise.wants & ~self._own_follows
+        both = clockwise.wants & anticlockwise.wants & ~self._own_follows & (self._rows != 0)
         m.d.sync += turn.eq(turn ^ both)
         m.d.comb += [
             clockwise.block.eq(self._own_follows | (both & turn)),
