@@ -100,7 +100,7 @@ def memory_cells(
         width = width // word * -(-word // _ENABLED_BITS) * _ENABLED_BITS
     if style == "ultra":
         return {"URAM": copies * -(-width // _ULTRA[0]) * -(-depth // _ULTRA[1])}
-    shapes = _HALF_BLOCKS
+    shapes: tuple[tuple[int, int], ...] = _HALF_BLOCKS
     if rom:
         copies, shapes = -(-copies // 2), _HALF_BLOCKS[1:]
     return {"BRAM": copies * min(-(-width // wide) * -(-depth // deep) for wide, deep in shapes) / 2}
