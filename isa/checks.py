@@ -12,8 +12,7 @@ Rules of every method below:
   the overlap of results and operands (OVERLAP, below).
 * A register operand of w words at address a: nothing is checked if w = 0; otherwise 0 <= a and
   a + w <= vector.words; and a must be a multiple of vector.align if w > 1. Only operands that are *words* by nature
-  may lie anywhere: one-word operands and results, and matmul's row maxima. The pair that vargmax writes starts at an
-  even word.
+  may lie anywhere: one-word operands and results. The pair that vargmax writes starts at an even word.
 * A result and an operand that an instruction reads bit by bit while it writes must be the same words or apart, where
   a method says *in place*; where it says *apart*, only that. Nothing is checked if no word is written. Operands of one
   word are read first and may lie inside the result, except a matmul's.
@@ -228,8 +227,8 @@ class Checker:
         Counts: 1 <= k <= 65536; r = outer x inner <= matrix.vectors; n, outer, inner and the four strides in
         0 .. vector.words; patch_at >= 0 if there is a patch.
         Registers: src, from the first of r rows' first word to the last row's last (k words a row; none if r is 0);
-        dst likewise (n words a row); scale (n words or one); bias (n words); maximum (r words,
-        anywhere); patch_src (k words for a column, n for a lane). The four strides must be multiples of vector.align.
+        dst likewise (n words a row); scale (n words or one); bias (n words); maximum (r words); patch_src (k words for
+        a column, n for a lane). The four strides must be multiples of vector.align.
         Region: an HBM region; line a multiple of a memory row's lines; every memory row that the fetch touches lies
         inside (no row is fetched if n or r is 0).
         Overlap: the range that dst covers apart from those of src, scale, bias, patch_src and maximum; its rows apart
@@ -248,7 +247,7 @@ class Checker:
             or self._rows(src, k, rows, (outer - 1) * src_outer + (inner - 1) * src_inner)
             or (scaling != Scale.NONE and self._vector(scale, n if scaling == Scale.COLUMN else min(n, 1)))
             or (add_bias and self._vector(bias, n))
-            or (row_max and self.word(maximum, rows))
+            or (row_max and self._vector(maximum, rows))
             or (patch != Patch.NONE and self._vector(patch_src, k if patch == Patch.COLUMN else n))
         )
         if trap:

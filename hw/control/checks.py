@@ -345,7 +345,7 @@ class OperandChecker(wiring.Component):
         with m.If(self._modifier("matmul", "add_bias")):
             self._range("bias", self._value("matmul", "bias"), n)
         with m.If(self._modifier("matmul", "row_max")):
-            self._range("maximum", self._value("matmul", "maximum"), self._vectors, mask=0)
+            self._range("maximum", self._value("matmul", "maximum"), self._vectors)
         with m.If(patch == Patch.COLUMN):
             self._range("patch", self._value("matmul", "patch_src"), k)
         with m.Elif(patch == Patch.LANE):
