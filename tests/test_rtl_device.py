@@ -22,8 +22,8 @@ from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import HBM_REGIONS, Format, Region, Source, Trap
 from typebar.isa.machine import Machine
 from typebar.isa.program import Operand, Program, op
-from typebar.isa.registers import TOTAL_NAMES, Register, Status
-from typebar.isa.timing import timing_parameters
+from typebar.isa.registers import TOTAL_NAMES, Address, Register, Status
+from typebar.isa.timing import UNIT_NAMES, Cause, timing_parameters
 from typebar.isa.watchdog import watchdog_cycles
 from typebar.models import find
 from typebar.sim.functional import DeviceMemory, FunctionalSimulator
@@ -202,6 +202,9 @@ def test_memory_and_counters_are_the_simulators(devices: int, request: pytest.Fi
             assert np.array_equal(device.read(rank, region, 0, size), expected[rank].regions[region]), region.name
         assert device.total(rank, "cycles") == timed.device_cycles[rank]
         assert device.register(rank, Register.INSTRUCTIONS) == len(program.ops)
+        for unit in UNIT_NAMES:
+            found = {cause.name.lower(): device.counter(rank, unit, cause) for cause in Cause}
+            assert {name: count for name, count in found.items() if count} == timed.causes[rank][unit], unit
 
 
 def test_a_launch_can_be_repeated(one: RtlDevice) -> None:
@@ -251,11 +254,12 @@ def test_a_hang_ends_in_a_named_error(
     program = everything(devices)
     begin(device, program, some_contents())
     device.native.fault(0, port, side, withheld=0)
+    limit = watchdog_cycles(timing_parameters(TINY), 1)
+    device.native.write(Address.WATCHDOG, limit)  # on a ring it is a million cycles more
     at, first = [item.kind.name for item in program.ops].index(name), device.native.cycle
     wanted = rf"device \d stopped at instruction {at} with TIMEOUT in the ({unit}) unit: the watchdog"
     with pytest.raises(DeviceError, match=wanted):
         device.wait()
-    limit = watchdog_cycles(timing_parameters(TINY), devices)
     assert limit < device.native.cycle - first < limit + 2 * rtl.CHUNK + 1000
     begin(device, program, some_contents())
     device.wait()

@@ -79,8 +79,8 @@ def library(machine: Machine, wave: str | None = None, text: Callable[[], str] |
     target = folder / f"{machine.name}-{key}.so"
     if target.is_file():
         return target
-    if wave == ".fst" and not _has_zlib():
-        raise TypebarError("an FST waveform needs zlib's header (zlib.h): install it, or name a .vcd file")
+    if wave == ".fst" and not can_write_fst():
+        raise TypebarError("an FST waveform needs the headers zlib.h and lz4.h: install them, or name a .vcd file")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as place:
@@ -163,8 +163,10 @@ def _build(machine: Machine, wave: str | None, text: str, place: Path) -> Path:
     return place / "out" / "model.so"
 
 
-def _has_zlib() -> bool:
-    command = ["g++", "-x", "c++", "-fsyntax-only", "-include", "zlib.h", os.devnull]
+@lru_cache(maxsize=1)
+def can_write_fst() -> bool:
+    """Whether the C++ compiler finds what Verilator's FST writer is made of."""
+    command = ["g++", "-x", "c++", "-fsyntax-only", "-include", "zlib.h", "-include", "lz4.h", os.devnull]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 

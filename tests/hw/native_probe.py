@@ -9,8 +9,9 @@ from amaranth.back import verilog
 from amaranth.hdl import Array, Cat, ClockDomain, ClockSignal, Module, Mux, ResetSignal, Signal
 from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In
 
-from typebar.hw.top import Top, channel_name
+from typebar.hw.top import channel_name, link_ports, master_ports, slave_ports
 from typebar.isa.machine import LINE_BYTES, Machine
 
 BLOCK = 4
@@ -52,9 +53,13 @@ class Probe(wiring.Component):
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        kernel = Top(machine)
-        kernel._MustUse__silence = True  # only its ports are wanted
-        super().__init__(kernel.signature)
+        ports = {"ap_clk": In(1), "ap_rst_n": In(1), **slave_ports("s_axi_control")}
+        for channel in range(machine.hbm.channels):
+            ports |= master_ports(channel_name(channel), machine.hbm.channel_bytes)
+        ports |= master_ports("m_axi_ddr", LINE_BYTES)
+        for direction in ("cw", "ccw"):
+            ports |= link_ports(f"axis_{direction}", 32 * machine.vector.lanes)
+        super().__init__(ports)
 
     def elaborate(self, platform: object) -> Module:
         m = Module()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from typebar.hw.native.build import library
+from typebar.hw.native.build import CACHE, WAVES, can_write_fst, library
 from typebar.hw.native.model import ANTICLOCKWISE, CLOCKWISE, LINKS, READS, WRITES, Latencies, NativeRing
+from typebar.isa.errors import TypebarError
 from typebar.isa.machine import LINE_BYTES, Machine
 from typebar.isa.timing import DDR_REQUEST, HBM_DATA, HBM_REQUEST, LINK_CCW, LINK_CW, stall
 from typebar.tests.hw import native_probe
@@ -178,10 +180,29 @@ def test_errors_are_answered(ring: NativeRing) -> None:
         assert ring.read(Place.CODE, 0) == code
 
 
-def test_a_waveform_is_written(tmp_path: Path) -> None:
-    built = library(TINY, ".vcd", lambda: native_probe.text(TINY), "probe")
+@pytest.mark.parametrize("ending", WAVES)
+def test_a_waveform_is_written(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if ending == ".fst" and not can_write_fst():
+        monkeypatch.setenv(CACHE, str(tmp_path))
+        with pytest.raises(TypebarError, match=r"needs the headers zlib.h and lz4.h: install them, or name a .vcd"):
+            library(TINY, ending, lambda: native_probe.text(TINY), "probe")
+        return
+    built, path = library(TINY, ending, lambda: native_probe.text(TINY), "probe"), tmp_path / f"wave{ending}"
     with NativeRing(built, TINY, 2, LATENCIES) as ring:
-        ring.trace(tmp_path / "wave.vcd")
+        ring.trace(path)
         ring.run(20)
-    lines = (tmp_path / "wave.vcd").read_text().splitlines()
-    assert any("device1" in line for line in lines) and sum(line.startswith("#") for line in lines) >= 40
+    data = path.read_bytes()
+    if ending == ".vcd":
+        lines = data.decode().splitlines()
+        assert any("device1" in line for line in lines) and sum(line.startswith("#") for line in lines) >= 40
+    else:
+        # The header's type and length, its first and last time: twenty cycles of two halves.
+        kind, length, first, last = struct.unpack(">BQQQ", data[:25])
+        period = 1_000_000 // TINY.clock_mhz
+        assert (kind, length) == (0, 329) and last - first == 20 * period - period // 2
+
+
+def test_a_waveform_needs_a_folder(tmp_path: Path) -> None:
+    built = library(TINY, ".vcd", lambda: native_probe.text(TINY), "probe")
+    with NativeRing(built, TINY, 1, LATENCIES) as ring, pytest.raises(TypebarError, match="cannot be written"):
+        ring.trace(tmp_path / "none" / "wave.vcd")
