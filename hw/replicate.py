@@ -5,6 +5,7 @@ Amaranth writes a component out again for every copy. A `Shared` component is wr
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 from typing import Any
 
@@ -57,8 +58,11 @@ class Replica(wiring.Component):
         text = self._shared.verilog
         if _met:
             _met[-1].append(self._shared)
+        header = re.search(rf"^module \\?{re.escape(self._shared.name)} ?\((.*?)\);", text, re.MULTILINE | re.DOTALL)
+        assert header is not None
+        taken = [name.strip() for name in header[1].split(",")]
         for name, signal in (("clk", ClockSignal()), ("rst", ResetSignal())):
-            if f"input {name};" in text:
+            if name in taken:
                 ports[f"i_{name}"] = signal
         return Instance(self._shared.name, **ports)
 

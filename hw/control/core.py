@@ -282,10 +282,10 @@ class ControlCore(wiring.Component):
     def _account(self, live: Value, barrier: Value) -> None:
         """What the scalar core does in this cycle; between instructions only a branch's bubbles are left."""
         m, opcode, board = self._m, self._decoded["opcode"], self._board
-        begun, cause = Signal(), self.activity.cause
+        begun, cause, active = Signal(), Signal(CAUSE_BITS), Signal()
         m.d.comb += [
-            self.activity.active.eq(live | (self.running & ~self._valid & begun)),
-            self.activity.waited.eq(int(Cause.ISSUE)),
+            active.eq(live | (self.running & ~self._valid & begun)),
+            self.activity.eq(Cat(active, cause, Const(int(Cause.ISSUE), CAUSE_BITS))),
         ]
         with m.If(self.start | ~self.running):
             m.d.sync += begun.eq(0)
