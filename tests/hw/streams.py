@@ -190,6 +190,10 @@ class _Author:
     def chance(self, share: float) -> bool:
         return self.random.random() < share
 
+    def inside(self, first: int, words: int) -> bool:
+        """Whether a range lies in a window: what lies outside holds what an earlier program left."""
+        return any(window <= first and first + words <= window + WINDOW for window in self.windows)
+
     def address(self, words: int, write: bool, aligned: bool = True) -> int:
         """A place in the windows; often one that makes a hazard with a recent instruction, as often as not none."""
         kinds = [(unit, r) for unit, ranges in self.recent for r in ranges if write or r[2]]
@@ -207,9 +211,8 @@ class _Author:
                 if self.chance(0.5):
                     place += self.random.randint(1 - words, target[1] - 1)
             place = place // step * step
-            inside = any(window <= place and place + words <= window + WINDOW for window in self.windows)
             meets = any(first < place + words and place < first + size for _, (first, size, _) in kinds)
-            if inside and (target is not None or not meets):
+            if self.inside(place, words) and (target is not None or not meets):
                 return place
         return place
 
@@ -247,7 +250,7 @@ class _Author:
 
     # Items ---------------------------------------------------------------------------------------------
     def add(self, name: str, **values: int | Operand) -> bool:
-        """Append an instruction, after what it needs; not if a device would trap on it."""
+        """Append an instruction, after what it needs; not if a device would trap on it or read what nobody wrote."""
         before, self.before, self.used = self.before, [], set()
         item = op(name, **values)
         worlds = [list(world) for world in self.worlds]
@@ -257,9 +260,11 @@ class _Author:
         everywhere = [operand_values(item, world) for world in worlds]
         if any(trap_of(self.checker, item, values, self.devices) for values in everywhere):
             return False
-        self.worlds = worlds
+        touched = [accesses(item, values, self.devices) for values in everywhere]
+        if not all(written or self.inside(first, words) for ranges in touched for first, words, written in ranges):
+            return False
+        self.worlds, ranges = worlds, touched[0]
         self.ops += [*before, item]
-        ranges = accesses(item, everywhere[0], self.devices)
         if item.kind.unit is not Unit.SCALAR:
             self.recent = [*self.recent, (item.kind.unit, ranges)][-RECENT:]
         return True
@@ -372,7 +377,8 @@ class _Author:
             dst_outer=dst_outer, dst_inner=dst_inner, lo=self.random.choice([0, 0, 3]),
             hi=self.operand(self.random.choice([n, n // 2])), bias=self.place(n),
             scale=self.place(n if scaling == Scale.COLUMN else 1, aligned=scaling == Scale.COLUMN),
-            maximum=self.place(outer * inner, True, outer * inner > 1), patch_src=self.place(k if patch == Patch.COLUMN else n),
+            maximum=self.place(outer * inner, True, outer * inner > 1),
+            patch_src=self.place(k if patch == Patch.COLUMN else n),
             patch_at=self.random.choice([0, 1, 7, self.random.randrange(80)]),
         )  # fmt: skip
 
