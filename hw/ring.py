@@ -112,7 +112,9 @@ class Sender(wiring.Component):
         """A pacer addresses the memory whose output is the link's."""
         m = Module()
         m.submodules.pacer = pacer = Pacer(self.machine)
-        m.submodules.own = own = Memory(shape=self.own_data.shape(), depth=self.own_rows, init=[])
+        m.submodules.own = own = Memory(
+            shape=self.own_data.shape(), depth=self.own_rows, init=[], attrs=deep(self.own_rows)
+        )
         write, read = own.write_port(), own.read_port()
         left, is_own, from_own = Signal(HOP_BITS), Signal(), Signal()
         block, frozen, sends = Signal(), Signal(), Signal()
