@@ -86,8 +86,9 @@ def status_line(wanted: bool = True) -> Iterator[Callable[[str], None]]:
 
     def show(text: str) -> None:
         if shown:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
-            print(f"\r\x1b[2K{text[:width]}", end="", file=sys.stderr, flush=True)
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns  # 0 where the terminal does not say
+            line = text[: columns - 1] if columns else text
+            print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
 
     try:
         yield show

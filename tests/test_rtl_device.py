@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typebar.compiler import driver
 from typebar.compiler.frontend import load_model
 from typebar.host import cli, rtl, select
 from typebar.host.api import load
+from typebar.host.cli_output import status_line
 from typebar.host.device import DeviceError
 from typebar.host.driver import DeviceEngine
 from typebar.host.rtl import RtlDevice
@@ -112,6 +115,18 @@ def test_rtl_is_a_device_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert [item.name for item in select.candidates(["rtl", "sim"])[0]] == ["rtl", "sim"]
     assert cli.main(["run", "image", "--prompt", "x", "--device", "sim", "--wave", "wave.vcd"]) == 2
     assert "--wave dumps the hardware's signals" in capsys.readouterr().err
+
+
+def test_progress_is_a_line_that_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.openpty()
+    with open(writer, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with status_line() as show:
+            show("7 cycles")
+        with status_line(wanted=False) as show:
+            show("nothing")
+        assert os.read(reader, 100) == b"\r\x1b[2K7 cycles\r\x1b[2K"
+    os.close(reader)
 
 
 # Programs on kernels ------------------------------------------------------------------------------------

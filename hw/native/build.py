@@ -6,6 +6,7 @@ the source of the hardware and of the contract, the harness, the tools.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+import time
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import metadata, resources
@@ -83,12 +85,21 @@ def library(machine: Machine, wave: str | None = None, text: Callable[[], str] |
         raise TypebarError("an FST waveform needs the headers zlib.h and lz4.h: install them, or name a .vcd file")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
         with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as place:
             draft = _build(machine, wave, (text or (lambda: kernel_verilog(machine)))(), Path(place))
             os.replace(draft, target)
     except OSError as error:
         raise TypebarError(f"cannot build in {str(folder)!r}: {error.strerror or error} ({CACHE} moves it)") from None
     return target
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what builds that were killed left behind."""
+    for place in folder.glob("build-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - place.stat().st_mtime > 2 * BUILD_SECONDS:
+                shutil.rmtree(place)
 
 
 def cache_folder() -> Path:
@@ -156,7 +167,8 @@ def _build(machine: Machine, wave: str | None, text: str, place: Path) -> Path:
             timeout=BUILD_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        raise TypebarError(f"building the model of {machine.name} took more than {BUILD_SECONDS} s") from None
+        what = f"building the model of {machine.name} took more than {BUILD_SECONDS} s: simulate a smaller machine"
+        raise TypebarError(what) from None
     if done.returncode:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if "rror" in line]
         raise TypebarError(f"building the model of {machine.name} failed: {' '.join(lines[:3]) or done.stderr[-300:]}")
