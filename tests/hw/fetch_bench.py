@@ -415,7 +415,7 @@ async def requests_are_the_timing_simulators(dut: Any) -> None:
             MACHINE.matrix.vectors, MACHINE.vector.words // 4 // (3 * MACHINE.column_block + MACHINE.vector.align)
         )
         items = [(random_matrix(rng, 3 * ROWS), rng.choice([1, 1, rng.randint(1, most)])) for _ in range(count)]
-        stall_seed = 0
+        stall_seed = seed * 1234567
         program = Program([*(matmul(matrix, vectors) for matrix, vectors in items), op("halt")])
         result = run_timing(program, MACHINE, 1, np.zeros((1, 16), np.int32), trace=True, stall_seed=stall_seed)
         trace = result.trace
