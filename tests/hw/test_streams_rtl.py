@@ -147,9 +147,12 @@ def stop(case: Illegal, device: RtlDevice) -> tuple[Trap, int, int]:
     for place, part in enumerate(np.frombuffer(case.words, "<u4")):
         device.native.write(Address.PROGRAM + 4 * (place % 16), int(part))
     device.native.write(Address.LENGTH, len(case.words) // 64)
+    patience = device.native.read(Address.WATCHDOG, 0)
+    device.native.write(Address.WATCHDOG, 10_000 if case.hangs else patience)
     device.launch(0)
     with pytest.raises(DeviceError, match="trapped"):
         device.wait()
+    device.native.write(Address.WATCHDOG, patience)
     ranks = [rank for rank in range(case.devices) if device.native.read(Address.STATUS, rank) == Status.ERROR]
     codes = [device.native.read(address, ranks[0]) for address in (Address.TRAP, Address.PC, Address.TRAP_CODE)]
     device.reset()
