@@ -45,7 +45,6 @@ _ENABLED_BITS = 9
 """Bits of block RAM or UltraRAM that share a write enable."""
 _DISTRIBUTED_DEPTH = 64
 """Memories up to this depth are made of LUTs, unless they say otherwise."""
-_ZEROS = re.compile(r"^ *initial begin\n(?: *\S+\[\d+\] = \d+'h0+;\n)+ *end\n", re.MULTILINE)
 _SCRIPT = """read_verilog design.v
 synth_xilinx -family xcup -top {top} -noiopad -noclkbuf -run begin:map_memory
 select t:$mem_v2
@@ -124,8 +123,7 @@ def synthesise(component: wiring.Component) -> list[Module]:
     top = "synthesised"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        # Memories that start at zero say so word by word, which takes longer to read than the rest.
-        text = _ZEROS.sub("", "".join(convert(component, top).values()))
+        text = "".join(convert(component, top).values())
         (folder / "design.v").write_text(text)
         if not _yosys(folder, _script(top, text)):
             _yosys(folder, _script(top, text, abc9=False))
