@@ -53,7 +53,7 @@ from typebar.isa.instructions import (
 from typebar.isa.machine import LINE_BYTES, Machine
 from typebar.isa.numerics import NUMERICS_VERSION, NumericFlag, formats, vector
 from typebar.isa.program import Operand, encode_op, op
-from typebar.isa.registers import Register, Status
+from typebar.isa.registers import Address, Register, Status
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "isa.md"
 COMMAND = "python -m typebar.isa.reference"
@@ -302,6 +302,7 @@ instruction's index. Every instruction can also trap ILLEGAL and PROGRAM_END.
 
 def _control() -> str:
     registers = _table(("index", "name"), [(item.value, item.name) for item in Register])
+    addresses = _table(("address", "name"), [(f"{item.value:#05x}", item.name) for item in Address])
     states = _table(("value", "STATUS"), [(item.value, item.name) for item in Status])
     return f"""
 ## Control block
@@ -310,7 +311,13 @@ def _control() -> str:
 
 {registers}
 
-{states}"""
+{states}
+
+### On the bus
+
+{_document(Address)}
+
+{addresses}"""
 
 
 def _packed() -> str:
