@@ -57,8 +57,8 @@ class Address(IntEnum):
     0 to 7, whether fetches run ahead in bit 8) and PROGRAM_WORDS (instructions that program memory holds) say what the
     hardware is. CONTROL (write only) takes START (1) and SOFT_RESET (2). STATUS is a `Status`; TRAP, PC, TRAP_CODE (of
     `trap`) and UNIT (of TIMEOUT and BUS; a place in `typebar.isa.timing.UNIT_NAMES`) say what went wrong; FLAGS and
-    FLAG_PC are those of `Register`. After TIMEOUT, BUS or RING_MISMATCH only SOFT_RESET makes the device start again. RANK, DEVICES, ENTRY and LENGTH (instructions of the program) are rw. WATCHDOG (rw) is the
-    number of cycles without progress that end a run with TIMEOUT, 0 for none; `typebar.isa.watchdog` works one out, and
+    FLAG_PC are those of `Register`. After TIMEOUT, BUS or RING_MISMATCH only SOFT_RESET makes the device start again.
+    RANK, DEVICES, ENTRY and LENGTH (instructions of the program) are rw. WATCHDOG (rw) is the number of cycles without progress that end a run with TIMEOUT, 0 for none; `typebar.isa.watchdog` works one out, and
     it holds after reset. PROGRAM_INDEX (rw) chooses the instruction in the window at PROGRAM, whose 16 words can only
     be written, and advances when the last is.
 
