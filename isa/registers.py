@@ -58,9 +58,10 @@ class Address(IntEnum):
     hardware is. CONTROL (write only) takes START (1) and SOFT_RESET (2). STATUS is a `Status`; TRAP, PC, TRAP_CODE (of
     `trap`) and UNIT (of TIMEOUT and BUS; a place in `typebar.isa.timing.UNIT_NAMES`) say what went wrong; FLAGS and
     FLAG_PC are those of `Register`. After TIMEOUT, BUS or RING_MISMATCH only SOFT_RESET makes the device start again.
-    RANK, DEVICES, ENTRY and LENGTH (instructions of the program) are rw. WATCHDOG (rw) is the number of cycles without progress that end a run with TIMEOUT, 0 for none; `typebar.isa.watchdog` works one out, and
-    it holds after reset. PROGRAM_INDEX (rw) chooses the instruction in the window at PROGRAM, whose 16 words can only
-    be written, and advances when the last is.
+    RANK, DEVICES, ENTRY and LENGTH (instructions of the program) are rw. WATCHDOG (rw) is the number of cycles without
+    progress that end a run with TIMEOUT, 0 for none; `typebar.isa.watchdog` works one out, and it holds after reset.
+    PROGRAM_INDEX (rw) chooses the instruction in the window at PROGRAM, whose 16 words can only be written, and
+    advances when the last is.
 
     REGIONS has for each region, 16 bytes apart, its base (rw, 64 bits: a memory row in HBM, a byte address, a multiple
     of 64, in DDR) and its size (rw, 64 bits, bytes; 0 if not bound). DDR_POINTER and, 8 bytes apart, HBM_POINTERS (rw,
