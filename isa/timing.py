@@ -441,8 +441,8 @@ def slice_cycles(p: TimingParameters, n: int) -> int:
 
 def gather_cycles(p: TimingParameters, n: int, devices: int) -> int:
     """Cycles from start to done of a gather whose devices all start in the same cycle."""
-    own = -(-n // p.vector_lanes)
-    return p.setup_latency + max(own, devices // 2 * (slice_cycles(p, n) + p.hop_latency)) + 1
+    rows = -(-n // p.vector_lanes)
+    return p.setup_latency + max(devices * rows, devices // 2 * (slice_cycles(p, n) + p.hop_latency)) + 1
 
 
 def gather_done(p: TimingParameters, n: int, starts: Any, send: Any, done: Any, before: int = 0) -> None:
@@ -452,12 +452,12 @@ def gather_done(p: TimingParameters, n: int, starts: Any, send: Any, done: Any, 
 
     Clockwise (d to d + 1) a block travels N // 2 hops, anticlockwise (N - 1) // 2. A device sends its own block
     `setup_latency` after its start, then forwards block by block: each when it has arrived in whole and the link
-    is free. Done is one cycle after the last arrival, the last sending, and the own block's last row: it enters the
-    register file a row a cycle from the setup's end.
+    is free. Done is one cycle after the last arrival, the last sending, and the last row written: all blocks enter
+    the register file a row a cycle, no sooner than from the setup's end.
     """
     devices, cycles = len(starts), slice_cycles(p, n)
     for d in range(devices):
-        done[d] = starts[d] + p.setup_latency + -(-n // p.vector_lanes)
+        done[d] = starts[d] + p.setup_latency + devices * -(-n // p.vector_lanes)
     for direction in range(2):
         hops = devices // 2 if direction == 0 else (devices - 1) // 2
         port = LINK_CW if direction == 0 else LINK_CCW

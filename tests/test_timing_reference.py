@@ -402,7 +402,8 @@ class Device:
         bits = i.values["n"] * 32
         cycles = max(1, ceil(bits * self.m.clock_mhz, self.m.ring.megabits_per_second))
         hops = (devices // 2, (devices - 1) // 2)
-        last, whole = i.start + self.m.ring.setup_latency + ceil(i.values["n"], self.m.vector.lanes), True
+        last = i.start + self.m.ring.setup_latency + devices * ceil(i.values["n"], self.m.vector.lanes)
+        whole = True
         for direction in range(2):
             sends = self.sends.setdefault((number, direction), [])
             block = len(sends)
