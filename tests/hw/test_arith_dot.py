@@ -103,7 +103,7 @@ def test_planted_errors_are_caught(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("blocks", [2, pytest.param(100, marks=pytest.mark.long)])
-@pytest.mark.parametrize("lanes", [3, 64])
+@pytest.mark.parametrize("lanes", [3, pytest.param(64, marks=pytest.mark.long)])
 def test_other_lanes(lanes: int, blocks: int, tmp_path: pytest.TempPathFactory) -> None:
     latency = Machine.load("u280").matrix.dot_latency
     bench = Bench({"dot": DotProduct(lanes, latency)}, tmp_path)

@@ -37,7 +37,9 @@ MACHINES = {
 SCALE = int(os.environ.get("TYPEBAR_CONTROL_SCALE", "1"))
 
 
-@pytest.mark.parametrize("name", MACHINES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "tiny" else pytest.mark.long) for name in MACHINES]
+)
 def test_core_in_simulation(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {**BASE, **MACHINES[name]}
     core = ControlCore(Machine.load("tiny").override(settings))

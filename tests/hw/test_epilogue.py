@@ -171,7 +171,7 @@ def stimuli(target: Machine, latency: int, seed: int, instructions: int) -> Stim
     return stimulus
 
 
-@pytest.mark.parametrize(("lanes", "vectors", "extra"), [(8, 7, 12), (2, 1, 0)])
+@pytest.mark.parametrize(("lanes", "vectors", "extra"), [(8, 7, 12), pytest.param(2, 1, 0, marks=pytest.mark.long)])
 def test_every_write_is_golden(lanes: int, vectors: int, extra: int, tmp_path: Path) -> None:
     target = machine(lanes, vectors)
     unit = Epilogue(target, least_latency(target) + extra)

@@ -42,7 +42,9 @@ MACHINES = {
 SCALE = int(os.environ.get("TYPEBAR_FETCH_SCALE", "1"))
 
 
-@pytest.mark.parametrize("name", MACHINES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "tiny" else pytest.mark.long) for name in MACHINES]
+)
 def test_engine_in_simulation(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FetchEngine(Machine.load("tiny").override(MACHINES[name]))
     source = tmp_path / "fetch_engine.v"

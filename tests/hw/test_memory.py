@@ -69,7 +69,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], MemoryBen
     return lambda name: _bench(name, folders[name])
 
 
-EACH = [pytest.param(name, marks=pytest.mark.long) if name == "wide" else name for name in MACHINES]
+EACH = [pytest.param(name, marks=pytest.mark.long) if name != "tiny" else name for name in MACHINES]
 
 
 # Programs ---------------------------------------------------------------------------------------------------

@@ -34,7 +34,9 @@ def model(machine: Machine, folder: Path) -> NativeModel:
     return NativeModel(text, {"rst": 1, **flat.inputs}, flat.outputs, folder)
 
 
-@pytest.fixture(scope="module", params=MACHINES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=() if name == "tiny" else pytest.mark.long) for name in MACHINES]
+)
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Machine, NativeModel]:
     machine = Machine.load("tiny").override(MACHINES[request.param])
     return machine, model(machine, tmp_path_factory.mktemp("registers"))

@@ -162,7 +162,7 @@ def _check_times(machine: Machine, plan: Plan, out: dict[str, U32Array]) -> None
 
 @pytest.fixture(
     scope="module",
-    params=["tiny", "two cycles a row, short hops", pytest.param("a row a cycle, long hops", marks=pytest.mark.long)],
+    params=[pytest.param(name, marks=() if name == "tiny" else pytest.mark.long) for name in MACHINES],
 )
 def ring(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ring:
     machine = Machine.load("tiny").override(MACHINES[request.param])

@@ -282,7 +282,9 @@ def build(machine: Machine, folder: Path) -> NativeModel:
     return NativeModel(text, {"rst": 1, **flat.inputs}, flat.outputs, folder)
 
 
-@pytest.fixture(scope="module", params=MACHINES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=() if name == "tiny" else pytest.mark.long) for name in MACHINES]
+)
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
     machine = Machine.load("tiny").override(MACHINES[request.param])
     return Built(machine, build(machine, tmp_path_factory.mktemp("vector")))
