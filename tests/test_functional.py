@@ -512,10 +512,10 @@ def test_attention_program() -> None:
             vsum dst=r9+10 a=r8 n=r7
             sadd rd=r8 a=r8+64
             sadd rd=r9 a=r9+1
-            blt to=row a=r9 b=903
+            blt to=row a=r9 b=906
             matmul region=kv line=400 dst=2048 src=1024 k=r7 n={head} outer=2 inner=1 src_outer=64 dst_outer=32
-            vunary function=recip dst=920 a=911 n=1
-            vunary function=recip dst=921 a=912 n=1
+            vunary function=recip dst=920 a=914 n=1
+            vunary function=recip dst=921 a=915 n=1
             vmul b_from=word dst=2048 a=2048 b=920 n={head}
             vmul b_from=word dst=2080 a=2080 b=921 n={head}
         """

@@ -378,7 +378,7 @@ def test_bad_requests_are_one_line(model: TextModel, arguments: dict, message: s
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: candidates("gpu"), "no device 'gpu': choose one of auto, sim, torch"),
+        (lambda: candidates("gpu"), "no device 'gpu': choose one of auto, sim, rtl, torch"),
         (lambda: candidates([]), "the list of devices is empty"),
         (lambda: load("nowhere.safetensors", "gpu"), "no device 'gpu'"),
         (lambda: load("nowhere.safetensors"), "nowhere.safetensors"),
