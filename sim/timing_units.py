@@ -280,8 +280,12 @@ def issue_memory(s: State, p: TimingParameters, code: Code, d: int, pc: int, t: 
             return T_COUNT
         if s.values[S_OUTER_BYTES] < 0 or s.values[S_INNER_BYTES] < 0:
             return T_COUNT
-    place = 0 if opcode in (SLOAD, SSTORE) else 1
-    if s.values[place] * LINE_BYTES + s.values[place + 1] < 0:
+    place, elements = 0 if opcode in (SLOAD, SSTORE) else 1, 1
+    if opcode == LOAD:
+        elements = s.values[3]
+    elif opcode == STORE:
+        elements = s.values[S_OUTER] * s.values[S_INNER]
+    if elements > 0 and s.values[place] * LINE_BYTES + s.values[place + 1] < 0:
         return T_REGION
     count = memory_accesses(opcode, s.values, s.ranges)
     if not in_bounds(s, p, count):
@@ -428,7 +432,7 @@ def issue_matrix(s: State, p: TimingParameters, code: Code, d: int, pc: int, t: 
     region, line = modifiers[X_REGION], values[X_LINE]
     if region > LAST_HBM_REGION:
         return T_ACCESS
-    if line < 0:
+    if line < 0 and n > 0 and outer * inner > 0:
         return T_REGION
     count = matmul_accesses(modifiers, values, s.ranges)
     if not in_bounds(s, p, count):

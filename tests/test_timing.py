@@ -499,6 +499,14 @@ def test_bad_programs_stop_with_one_line(text: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "empty",
+    ["load region=io line=-1 n=0", "store region=io line=-1 outer=1 inner=0", "matmul line=-1 outer=1 inner=1 k=1 n=0"],
+)
+def test_what_moves_nothing_may_name_any_address(empty: str) -> None:
+    assert run(f"{empty}\nhalt").total_cycles > 0
+
+
 def test_bad_arguments_stop_with_one_line() -> None:
     program = assemble("halt")
     with pytest.raises(TypebarError, match="devices = 0 is outside 1 to 64"):
