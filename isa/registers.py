@@ -11,7 +11,7 @@ import json
 from enum import IntEnum
 
 from typebar.isa.instructions import INSTRUCTIONS, ISA_VERSION, WORD_BYTES, Kind, Region
-from typebar.isa.timing import UNIT_NAMES, Cause
+from typebar.isa.timing import COUNTERS, UNIT_NAMES, Cause
 
 
 class Status(IntEnum):
@@ -99,19 +99,7 @@ class Address(IntEnum):
     TOTALS = 0xE00
 
 
-TOTAL_NAMES = (
-    "cycles",
-    "instructions",
-    "weights_fetched_bytes",
-    "kv_fetched_bytes",
-    "weights_useful_bytes",
-    "kv_useful_bytes",
-    "kv_written_bytes",
-    "kv_useful_written_bytes",
-    "ddr_bytes",
-    "ring_bytes",
-    "macs",
-)
+TOTAL_NAMES = ("cycles", *COUNTERS)
 """Totals of a run, in the order in which they lie at TOTALS; what each counts is in docs/timing.md, "Accounting"."""
 _UNIT_BYTES, _VALUE_BYTES, _REGION_BYTES = 256, 8, 16
 

@@ -19,6 +19,19 @@ from typebar.isa.machine import LINE_BYTES, Machine
 FETCH_UNIT = len(Unit)
 """The fetch engine is accounted as one more unit, after those of `Unit`."""
 UNIT_NAMES = ("issue", "matrix", "vector", "memory", "ring", "fetch")
+COUNTERS = (
+    "instructions",
+    "weights_fetched_bytes",
+    "kv_fetched_bytes",
+    "weights_useful_bytes",
+    "kv_useful_bytes",
+    "kv_written_bytes",
+    "kv_useful_written_bytes",
+    "ddr_bytes",
+    "ring_bytes",
+    "macs",
+)
+"""What a run counts besides its cycles: instructions, bytes, multiply-accumulates (docs/timing.md, "Accounting")."""
 MAX_ACCESSES = 8
 """Operand ranges that one instruction can name."""
 

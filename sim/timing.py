@@ -15,9 +15,9 @@ from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import TRAP_TEXT, Trap
 from typebar.isa.machine import MAX_DEVICES, Machine
 from typebar.isa.program import Program, tables
-from typebar.isa.timing import STALL_SEEDS, UNIT_NAMES, Cause, timing_parameters
+from typebar.isa.timing import COUNTERS, STALL_SEEDS, UNIT_NAMES, Cause, timing_parameters
 from typebar.sim.timing_core import BUDGET, FINISHED, GROW, advance
-from typebar.sim.timing_state import C_DRAIN, COUNTERS, LOG, TRACE, Code, State, new_state
+from typebar.sim.timing_state import C_DRAIN, LOG, TRACE, Code, State, new_state
 
 DEFAULT_MAX_INSTRUCTIONS = 1_000_000_000
 _SLICE = 20_000_000

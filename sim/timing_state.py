@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from typebar.isa import timing
 from typebar.isa.instructions import MAX_OPERANDS, SCALAR_REGISTERS, Region, Trap, Unit
-from typebar.isa.timing import Cause, TimingParameters
+from typebar.isa.timing import COUNTERS, Cause, TimingParameters
 
 Ints = NDArray[np.int64]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -92,19 +92,7 @@ T_BOUNDS, T_COUNT, T_END = int(Trap.REGISTER_BOUNDS), int(Trap.COUNT), int(Trap.
 T_REGION, T_ACCESS = int(Trap.REGION_BOUNDS), int(Trap.REGION_ACCESS)
 T_RING, T_SOFTWARE = int(Trap.RING_MISMATCH), int(Trap.SOFTWARE)
 
-COUNTERS = (
-    "instructions",
-    "weights_fetched_bytes",
-    "kv_fetched_bytes",
-    "weights_useful_bytes",
-    "kv_useful_bytes",
-    "kv_written_bytes",
-    "kv_useful_written_bytes",
-    "ddr_bytes",
-    "ring_bytes",
-    "macs",
-)
-"""Columns of `State.counters`: executed instructions, bytes, multiply-accumulates."""
+# Columns of `State.counters`, those of COUNTERS; what has one for each HBM region begins with WEIGHTS.
 N_INSTRUCTIONS, N_FETCHED, N_USEFUL, N_WRITTEN, N_USEFUL_WRITTEN, N_DDR, N_RING, N_MACS = 0, 1, 3, 5, 6, 7, 8, 9
 LOG, TRACE = 0, 1
 E_ROWS, E_USABLE, E_LINES, E_GATHERS = range(4)

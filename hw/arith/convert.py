@@ -28,6 +28,7 @@ FP16_NAN, FP16_INFINITY, BF16_NAN, BF16_INFINITY = 0x7E00, 0x7C00, 0x7FC0, 0x7F8
 OPERAND = data.StructLayout({"fraction": 23 - OPERAND_DROPPED_BITS, "exponent": 8, "sign": 1})
 """The matrix unit's operand: a float32 without its lowest 13 fraction bits, zero being all zeros. Exponent field 0 is
 zero; 255 does not occur, a NaN being told by a bit beside the operands."""
+_OPERAND_PORTS = {"present": In(1), "operand": Out(OPERAND), "overflow": Out(1), "nan": Out(1)}
 
 
 def _small(m: Module, raw: Any, fmt: Any) -> tuple[Any, Any, Any]:
@@ -58,7 +59,7 @@ class OperandFromFloat32(wiring.Component):
     def __init__(self, latency: int) -> None:
         """A converter of `latency` >= 1 cycles."""
         self.latency = latency
-        super().__init__({"x": In(32), "present": In(1), "operand": Out(OPERAND), "overflow": Out(1), "nan": Out(1)})
+        super().__init__({"x": In(32), **_OPERAND_PORTS})
 
     def elaborate(self, platform: object) -> Module:
         """Round, then limit: two places to cut."""
@@ -98,16 +99,7 @@ class OperandFromMemory(wiring.Component):
     def __init__(self, latency: int) -> None:
         """A converter of `latency` >= 1 cycles."""
         self.latency = latency
-        super().__init__(
-            {
-                "raw": In(32),
-                "format": In(FORMAT_BITS),
-                "present": In(1),
-                "operand": Out(OPERAND),
-                "overflow": Out(1),
-                "nan": Out(1),
-            }
-        )
+        super().__init__({"raw": In(32), "format": In(FORMAT_BITS), **_OPERAND_PORTS})
 
     def elaborate(self, platform: object) -> Module:
         """fp16 and int8 are normalised and always fit; bf16 and float32 are rounded and limited."""
@@ -144,16 +136,7 @@ class OperandFromShort(wiring.Component):
     def __init__(self, latency: int) -> None:
         """A converter of `latency` >= 1 cycles; FP32 as format gives a meaningless operand."""
         self.latency = latency
-        super().__init__(
-            {
-                "element": In(16),
-                "format": In(FORMAT_BITS),
-                "present": In(1),
-                "operand": Out(OPERAND),
-                "overflow": Out(1),
-                "nan": Out(1),
-            }
-        )
+        super().__init__({"element": In(16), "format": In(FORMAT_BITS), **_OPERAND_PORTS})
 
     def elaborate(self, platform: object) -> Module:
         """One significand for all formats, normalised; a bf16 is normal or too small to matter."""

@@ -28,6 +28,7 @@ from typebar.hw.arith.multiply import CUTS as MULTIPLY_CUTS
 from typebar.hw.arith.multiply import Multiplier
 from typebar.hw.arith.unary import CUTS as UNARY_CUTS
 from typebar.hw.arith.unary import FUNCTION_BITS, UnaryEvaluator
+from typebar.hw.delay import delayed
 from typebar.hw.ports import file_rows, write_port
 from typebar.hw.replicate import Shared
 from typebar.isa.instructions import Activation
@@ -133,15 +134,15 @@ class Epilogue(wiring.Component):
         factors = [Mux(self.use_scale, self.scale[lane], ONE) for lane in range(lanes)]
         scaled = self._apply(m, "multiplier", self._multiplier, sums, factors)
         addends = [Mux(self.use_bias, self.bias[lane], MINUS_ZERO) for lane in range(lanes)]
-        added = [_delay(m, addend, multiply, f"addend{lane}") for lane, addend in enumerate(addends)]
+        added = [delayed(m, addend, multiply, f"addend{lane}") for lane, addend in enumerate(addends)]
         sums = self._apply(m, "adder", self._adder, scaled, added)
-        keep = _delay(m, self.keep, multiply + add, "keep")
+        keep = delayed(m, self.keep, multiply + add, "keep")
         values = []
         for lane in range(lanes):
             value = Signal(32, name=f"value{lane}")
             m.d.comb += value.eq(Mux(keep[lane], sums[lane], MASKED))
             values.append(value)
-        results = self._activate(m, values, _delay(m, self.activation, multiply + add, "activation"))
+        results = self._activate(m, values, delayed(m, self.activation, multiply + add, "activation"))
         self._write(m, results, self._maxima(m, results))
         return m
 
@@ -161,14 +162,14 @@ class Epilogue(wiring.Component):
         (_, _, cycles, _), results = self._stages, []
         select = Signal(FUNCTION_BITS)
         m.d.comb += select.eq(activation - 1)  # Activation numbers NONE 0, and then each Function
-        plain = _delay(m, activation == Activation.NONE, cycles, "plain")
+        plain = delayed(m, activation == Activation.NONE, cycles, "plain")
         for lane in range(0, len(values), _PAIR):
             m.submodules[f"function{lane}"] = copy = self._function.replica()
             m.d.comb += copy.select.eq(select)
             for index, value in enumerate(values[lane : lane + _PAIR]):
                 word = slice(32 * index, 32 * (index + 1))
                 m.d.comb += copy.x[word].eq(value)
-                past = _delay(m, value, cycles, f"past{lane + index}")
+                past = delayed(m, value, cycles, f"past{lane + index}")
                 result = Signal(32, name=f"result{lane + index}")
                 m.d.comb += result.eq(Mux(plain, past, copy.result[word]))
                 results.append(result)
@@ -178,16 +179,17 @@ class Epilogue(wiring.Component):
         """The running maximum of each vector, two cycles after the last results left the tree."""
         tree, vectors = self._stages[3], self._machine.matrix.vectors
         time = sum(self._stages[:3])
-        present = _delay(m, self.present, time, "present")
+        present = delayed(m, self.present, time, "present")
         level: list[Any] = [Mux(present[lane], result, MINUS_INFINITY) for lane, result in enumerate(results)]
         for number, cycles in enumerate(tree):
             pairs = zip(level[::2], level[1::2], strict=True)
             level = [self._larger(m, f"larger{number}_{i}", cycles, *pair) for i, pair in enumerate(pairs)]
             time += cycles
         # The maximum so far is read a cycle before its vector's results come, so it may still be on its way here.
-        early, now = (_delay(m, self.vector, time + offset, f"vector{offset}") for offset in (-1, 0))
+        early, now = (delayed(m, self.vector, time + offset, f"vector{offset}") for offset in (-1, 0))
         first, valid = (
-            _delay(m, signal, time, name) for signal, name in ((self.first_of_vector, "first"), (self.valid, "running"))
+            delayed(m, signal, time, name)
+            for signal, name in ((self.first_of_vector, "first"), (self.valid, "running"))
         )
         before, written = Signal.like(now), Signal()
         kept = Signal(data.ArrayLayout(32, vectors))
@@ -215,35 +217,26 @@ class Epilogue(wiring.Component):
     def _write(self, m: Module, results: list[Any], maxima: list[Any]) -> None:
         """The results as they get through, or the maxima of the instruction that ended a cycle before."""
         latency, lanes = self.latency, self._machine.vector.lanes
-        valid = _delay(m, self.valid, latency, "valid", reset=True)
-        vector = _delay(m, self.vector, latency, "vector_written")
-        end = _delay(m, self.valid & self.last_of_instruction & self.row_max, latency + 1, "end", reset=True)
-        over = _delay(m, self.valid & self.last_of_instruction, latency + 1, "over", reset=True)
+        valid = delayed(m, self.valid, latency, "valid", reset=True)
+        vector = delayed(m, self.vector, latency, "vector_written")
+        end = delayed(m, self.valid & self.last_of_instruction & self.row_max, latency + 1, "end", reset=True)
+        over = delayed(m, self.valid & self.last_of_instruction, latency + 1, "over", reset=True)
         seen, one = Signal(len(maxima)), Signal()
         with m.If(over):
             m.d.sync += seen.eq(0)
         with m.Elif(valid):
             m.d.sync += seen.eq(seen | (Const(1, len(maxima)) << vector)[: len(maxima)])
         m.d.comb += one.eq(seen == 1)
-        maximum = _delay(m, self.maximum, latency + 1, "maximum")
+        maximum = delayed(m, self.maximum, latency + 1, "maximum")
         place = (lanes - 1).bit_length()
         mask = Signal(lanes)
         m.d.comb += mask.eq(Mux(one, Const(1, lanes) << maximum[:place], seen))
-        address = _delay(m, self.address, latency, "address")
+        address = delayed(m, self.address, latency, "address")
         m.d.comb += self.write.address.eq(Mux(end, maximum[place:], address))
         m.d.comb += self.write.mask.eq(
-            Mux(end, mask, Mux(valid, _delay(m, self.mask, latency, "mask"), 0)),
+            Mux(end, mask, Mux(valid, delayed(m, self.mask, latency, "mask"), 0)),
         )
         for lane, result in enumerate(results):
-            late = _delay(m, result, latency - sum(self._stages[:3]), f"late{lane}")
+            late = delayed(m, result, latency - sum(self._stages[:3]), f"late{lane}")
             kept = Mux(one, maxima[0], maxima[lane]) if lane < len(maxima) else maxima[0]
             m.d.comb += self.write.data[lane].eq(Mux(end, kept, late))
-
-
-def _delay(m: Module, value: Any, cycles: int, name: str, *, reset: bool = False) -> Any:
-    """A value some cycles later, through registers that may become shift-register LUTs if they have no reset."""
-    for stage in range(cycles):
-        later = Signal(value.shape(), name=f"{name}_{stage}", reset_less=not reset)
-        m.d.sync += later.eq(value)
-        value = later
-    return value

@@ -13,6 +13,7 @@ from typing import Any
 from amaranth.hdl import Cat, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data
 
+from typebar.hw import delay
 from typebar.hw.arith.convert import FORMAT_BITS
 from typebar.hw.control.decoder import modifier, slot
 from typebar.hw.control.tickets import ticket_bits
@@ -366,19 +367,10 @@ def delayed(m: Module, value: Any, cycles: int, name: str) -> Any:
     """A value some cycles later; a layout's `valid` bit is reset, the rest may become shift-register LUTs."""
     layout, bits = value.shape(), Value.cast(value)
     checked = isinstance(layout, data.StructLayout) and "valid" in layout.members
-    valid = value.valid if checked else None
-    for stage in range(cycles):
-        later = Signal(len(bits), name=f"{name}_{stage}", reset_less=True)
-        m.d.sync += later.eq(bits)
-        bits = later
-        if checked:
-            kept = Signal(name=f"{name}_valid_{stage}")
-            m.d.sync += kept.eq(valid)
-            valid = kept
     result = Signal(layout, name=name)
-    m.d.comb += Value.cast(result).eq(bits)
+    m.d.comb += Value.cast(result).eq(delay.delayed(m, bits, cycles, name))
     if checked:
-        m.d.comb += result.valid.eq(valid)
+        m.d.comb += result.valid.eq(delay.delayed(m, value.valid, cycles, f"{name}_valid", reset=True))
     return result
 
 

@@ -18,6 +18,7 @@ from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 
 from typebar.hw.arith.convert import FORMAT_BITS, Float32FromMemory
+from typebar.hw.delay import delayed
 from typebar.hw.memory.store import (
     LINE_BITS,
     by_format,
@@ -29,7 +30,7 @@ from typebar.hw.memory.store import (
     piece_words,
 )
 from typebar.hw.memory.write import unfinished_layout
-from typebar.hw.ports import axi_read, completed_shape, file_rows, write_port
+from typebar.hw.ports import axi_read, completed_shape, write_port
 from typebar.hw.replicate import Shared
 from typebar.isa.instructions import FORMAT_BYTES, Format
 from typebar.isa.machine import LINE_BYTES, Machine
@@ -220,12 +221,11 @@ class LoadEngine(wiring.Component):
             m.d.comb += [decoder.raw.eq(by_format(number, raws)), decoder.format.eq(number)]
             results.append(decoder.result)
         m.d.comb += self.write.data.eq(Cat(results * (lanes // len(results))))
-        enables, address = Mux(valid, mask, 0), row
-        for stage in range(1 + CONVERT_CYCLES):
-            later_enables, later_address = Signal(lanes, name=f"mask_{stage}"), Signal(range(file_rows(machine)))
-            m.d.sync += [later_enables.eq(enables), later_address.eq(address)]
-            enables, address = later_enables, later_address
-        m.d.comb += [self.write.mask.eq(enables), self.write.address.eq(address)]
+        behind = 1 + CONVERT_CYCLES
+        m.d.comb += [
+            self.write.mask.eq(delayed(m, Mux(valid, mask, 0), behind, "mask", reset=True)),
+            self.write.address.eq(delayed(m, row, behind, "row_written")),
+        ]
         m.d.comb += [self.unfinished[-1].valid.eq(self._loads.r_rdy), self.unfinished[-1].ticket.eq(load.ticket)]
         ending, ticket = ends, load.ticket
         for stage in range(CONVERT_CYCLES):

@@ -20,6 +20,7 @@ from amaranth.lib.fifo import SyncFIFO
 from amaranth.lib.wiring import In, Out
 
 from typebar.hw.arith.convert import MemoryFromFloat32
+from typebar.hw.delay import delayed
 from typebar.hw.memory.store import LINE_BITS, by_format, line_bits, log2, piece_layout, piece_words, rotate_right
 from typebar.hw.ports import READ_CYCLES, completed_shape, flag_layout
 from typebar.hw.replicate import Shared
@@ -101,25 +102,13 @@ class StorePacker(wiring.Component):
         self._assemble(*self._turn(entry, queue))
         return m
 
-    def _delayed(self, value: Any, cycles: int, name: str) -> Any:
-        for stage in range(cycles):
-            later = Signal(value.shape(), name=f"{name}_{stage}", reset_less=True)
-            self._m.d.sync += later.eq(value)
-            value = later
-        return value
-
     # Registers to bytes --------------------------------------------------------------------------------
     def _convert(self) -> tuple[Value, Any, Value, Value, Value]:
         """Packed elements and their target; whether there are any, and whether one was limited, and whose."""
         m = self._m
-        valid = self.valid
-        for stage in range(READ_CYCLES + CONVERT_CYCLES):
-            later = Signal(name=f"valid_{stage}")
-            m.d.sync += later.eq(valid)
-            valid = later
-            if stage == READ_CYCLES - 1:
-                arrived = valid
-        piece = self._delayed(self.piece, READ_CYCLES, "piece")
+        arrived = delayed(m, self.valid, READ_CYCLES, "arrived", reset=True)
+        valid = delayed(m, arrived, CONVERT_CYCLES, "valid", reset=True)
+        piece = delayed(m, self.piece, READ_CYCLES, "piece")
         raws, limited = [], []
         words = self._select(piece, arrived)
         for index, word in enumerate(words):
@@ -128,16 +117,16 @@ class StorePacker(wiring.Component):
             raws.append(encoder.raw)
             limited.append(encoder.saturated)
         target, used = self._target(piece, len(words))
-        used = self._delayed(used, CONVERT_CYCLES, "used")
-        chosen = self._delayed(piece.format, CONVERT_CYCLES, "format")
-        pc = self._delayed(piece.pc, CONVERT_CYCLES, "pc")
+        used = delayed(m, used, CONVERT_CYCLES, "used")
+        chosen = delayed(m, piece.format, CONVERT_CYCLES, "format")
+        pc = delayed(m, piece.pc, CONVERT_CYCLES, "pc")
         packed = {}
         for item in Format:
             size, count = FORMAT_BYTES[item], piece_words(self.machine, item)
             ring = Cat(raw[: 8 * size] for raw in raws[:count])
             packed[item] = Cat([ring] * (self._bytes // (size * count)))
         raised = valid & (Cat(limited) & used).any()
-        return by_format(chosen, packed), self._delayed(target, CONVERT_CYCLES, "target"), valid, raised, pc
+        return by_format(chosen, packed), delayed(m, target, CONVERT_CYCLES, "target"), valid, raised, pc
 
     def _select(self, piece: Any, arrived: Value) -> list[Value]:
         """The words of the piece, word i of a register row in place i modulo the words of a piece."""

@@ -15,7 +15,7 @@ from typebar.hw.arith.compare import Comparator
 from typebar.hw.arith.float32 import Parts
 from typebar.hw.arith.multiply import Multiplier
 from typebar.hw.arith.unary import FUNCTION_BITS, UnaryEvaluator
-from typebar.hw.vector.delay import delayed
+from typebar.hw.delay import delayed
 from typebar.isa.numerics.formats import CANONICAL_NAN
 
 LANES = 2

@@ -18,8 +18,8 @@ from amaranth.lib.wiring import In, Out
 from typebar.hw.arith.add import Adder
 from typebar.hw.arith.float32 import named
 from typebar.hw.arith.pipeline import Pipeline
+from typebar.hw.delay import delayed
 from typebar.hw.replicate import Shared
-from typebar.hw.vector.delay import delayed
 from typebar.hw.vector.lanes import MINUS_INFINITY
 
 

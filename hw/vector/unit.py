@@ -15,6 +15,7 @@ from typebar.hw.control.completion import CompletionLine
 from typebar.hw.control.core import issued_layout
 from typebar.hw.control.decoder import modifier, slot
 from typebar.hw.control.tickets import Domain, ticket_bits
+from typebar.hw.delay import delayed
 from typebar.hw.ports import (
     CAUSE_BITS,
     READ_CYCLES,
@@ -26,7 +27,6 @@ from typebar.hw.ports import (
     write_port,
 )
 from typebar.hw.replicate import Shared
-from typebar.hw.vector.delay import delayed
 from typebar.hw.vector.lanes import LANES, Choice, LanePair
 from typebar.hw.vector.reduction import ReductionTree
 from typebar.isa.instructions import BY_NAME, TARGET_BITS, Source, Unit
