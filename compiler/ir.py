@@ -1,6 +1,7 @@
-"""The `tb` dialect: one decoder graph, first as imported, then token by token.
+"""The `tb` dialect: a decoder's graph, and an encoder's if there is one, first as imported, then token by token.
 
-A module holds one of two forms, and the passes of the front half lead from the first to the second.
+A module holds one of two forms, and the passes of the front half lead from the first to the second. Of an
+encoder-decoder pair the encoder stands first: `tb.graph` then `tb.graph`, later `tb.encoder` then `tb.step`.
 
 `tb.graph` is the stateless graph over T tokens, as an exporter wrote it: `tb.aten` for operations not yet
 recognised, `tb.parameter` for weights as values, and the recognised operations below on tensors that carry
@@ -8,11 +9,14 @@ batch and sequence axes, such as `tensor<1x?xDxf32>`; `?` is the number of token
 
 `tb.step` computes one token. Every value is the flat, row-major float32 vector of that token,
 `tensor<Dxf32>`; weights are named by symbols; each `tb.attention` owns a K/V cache of the positions before
-this one. Equal layers stand once, in `tb.repeat`, where `{}` in a symbol is the layer's number.
+this one. Equal layers stand once, in `tb.repeat`, where `{}` in a symbol is the layer's number. `tb.encoder` computes
+one position of the source text, whose attentions see all its positions; the step's third argument is the encoder's
+result, and what depends on that alone is computed once a request for every position of the source text.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from xdsl.context import Context
@@ -42,14 +46,13 @@ from xdsl.irdl import (
 from xdsl.traits import IsTerminator, Pure
 from xdsl.utils.exceptions import VerifyException
 
+from typebar.compiler.ir_attention import BIASES, MASKS, PAIRINGS, AttentionOp, CrossAttentionOp, RotaryOp
 from typebar.compiler.ir_values import (
     ACTIVATIONS,
     FORMAT,
     LAYOUTS,
-    MASKS,
     ActivationOp,
     AddOp,
-    AttentionOp,
     EmbeddingOp,
     LayerNormOp,
     LinearOp,
@@ -70,15 +73,19 @@ from typebar.compiler.ir_values import (
 
 __all__ = [
     "ACTIVATIONS",
+    "BIASES",
     "LAYER",
     "LAYOUTS",
     "MASKS",
+    "PAIRINGS",
     "TB",
     "ActivationOp",
     "AddOp",
     "AtenOp",
     "AttentionOp",
+    "CrossAttentionOp",
     "EmbeddingOp",
+    "EncoderOp",
     "GraphOp",
     "LayerNormOp",
     "LinearOp",
@@ -88,11 +95,13 @@ __all__ = [
     "RepeatOp",
     "ReturnOp",
     "RmsNormOp",
+    "RotaryOp",
     "ScaleOp",
     "SliceOp",
     "StepOp",
     "YieldOp",
     "context",
+    "layer_name",
     "number",
     "operand_reference",
     "real",
@@ -105,37 +114,84 @@ __all__ = [
 _REGION_FORMAT = "`(` operands `)` attr-dict-with-keyword $body `:` functional-type(operands, results)"
 
 LAYER = "{}"
-"""Stands for the layer's number in a symbol inside `tb.repeat`."""
+"""Stands for the layer's number, `start` + l, in a symbol inside `tb.repeat`."""
+_STEPPED = re.compile(r"\{(\d+):(\d+)\}")
+"""`{step:offset}` stands for step * l + offset: loops over several source layers at a time."""
+
+
+def layer_name(template: str, start: int, layer: int) -> str:
+    """The symbol that a template inside `tb.repeat` means in layer `layer` of 0, 1, ..., count - 1."""
+    stepped = _STEPPED.sub(lambda m: str(int(m[1]) * layer + int(m[2])), template)
+    return stepped.replace(LAYER, str(start + layer))
 
 
 @irdl_op_definition
 class GraphOp(TbOp):
-    """The stateless graph: one block whose argument is the token ids, tensor<1x?xi64>; returns the logits.
+    """A stateless graph: one block; its first argument is the token ids, tensor<1x?xi64>.
 
-    `context` is the largest number of tokens the model declares.
+    A decoder returns logits; one with an encoder has a second argument, the memory, tensor<1x?xDxf32>, where `?` is the
+    number of source positions. An encoder, `role` = encoder, returns the memory. `context` is the largest number
+    of tokens the model declares.
     """
 
     name = "tb.graph"
     context = prop_def(IntegerAttr)
+    role = opt_prop_def(StringAttr)
     body = region_def("single_block")
     assembly_format = "attr-dict-with-keyword $body"
 
-    def __init__(self, context: int, body: Region) -> None:
+    def __init__(self, context: int, body: Region, encoder: bool = False) -> None:
         """Make the operation from plain values."""
-        super().__init__(properties={"context": number(context)}, regions=[body])
+        role = StringAttr("encoder") if encoder else None
+        super().__init__(properties={"context": number(context), "role": role}, regions=[body])
+
+    @property
+    def encoder(self) -> bool:
+        """Whether it is an encoder's graph."""
+        return self.role is not None
 
     def verify_(self) -> None:
-        """One argument of integers, a positive context and a `tb.return` at the end."""
+        """Token ids and perhaps a memory as arguments, a positive context and a `tb.return` at the end."""
         require(self.context.value.data > 0, "tb.graph: context must be positive")
-        require(len(self.body.block.args) == 1, "tb.graph takes one argument, the token ids")
+        require(self.role is None or self.role.data == "encoder", "tb.graph: role must be encoder or absent")
+        most = 1 if self.encoder else 2
+        require(
+            1 <= len(self.body.block.args) <= most,
+            "tb.graph takes the token ids and, as a decoder with an encoder, the memory",
+        )
         _require_return(self.body.block)
+
+
+@irdl_op_definition
+class EncoderOp(TbOp):
+    """One source position's computation: block arguments (token: index, position: index), returns the memory's vector.
+
+    `context` is the largest number of source positions.
+    """
+
+    name = "tb.encoder"
+    vocab = prop_def(IntegerAttr)
+    context = prop_def(IntegerAttr)
+    body = region_def("single_block")
+    assembly_format = "attr-dict-with-keyword $body"
+
+    def __init__(self, vocab: int, context: int, body: Region) -> None:
+        """Make the operation from plain values."""
+        super().__init__(properties={"vocab": number(vocab), "context": number(context)}, regions=[body])
+
+    def verify_(self) -> None:
+        """Two index arguments and one result."""
+        _require_token_arguments(self.body.block, "tb.encoder", False)
+        require(self.context.value.data > 0, "tb.encoder: context must be positive")
+        require(len(_require_return(self.body.block).values) == 1, "tb.encoder returns one vector, the memory")
 
 
 @irdl_op_definition
 class StepOp(TbOp):
     """One token's computation: block arguments (token: index, position: index), returns the logits.
 
-    `context` is the number of positions the caches must hold; `vocab` the number of tokens.
+    With an encoder there is a third argument, the memory at one source position, tensor<Dxf32>. `context` is the number
+    of positions the caches must hold; `vocab` the number of tokens.
     """
 
     name = "tb.step"
@@ -149,18 +205,25 @@ class StepOp(TbOp):
         super().__init__(properties={"vocab": number(vocab), "context": number(context)}, regions=[body])
 
     def verify_(self) -> None:
-        """Two index arguments and one result of `vocab` logits."""
+        """Two index arguments, perhaps a memory, and one result of `vocab` logits."""
         block = self.body.block
-        require(
-            len(block.args) == 2 and all(isinstance(a.type, IndexType) for a in block.args),
-            "tb.step takes two index arguments, token and position",
-        )
+        _require_token_arguments(block, "tb.step", True)
         require(self.context.value.data > 0, "tb.step: context must be positive")
         values = _require_return(block).values
         require(
             len(values) == 1 and values[0].type == vector(self.vocab.value.data),
             f"tb.step returns one vector of vocab = {self.vocab.value.data} logits",
         )
+
+
+def _require_token_arguments(block: Block, what: str, memory: bool) -> None:
+    types = [a.type for a in block.args]
+    require(
+        len(types) >= 2 and all(isinstance(t, IndexType) for t in types[:2]),
+        f"{what} takes two index arguments, token and position",
+    )
+    given = len(types) == 3 and memory and isinstance(types[2], TensorType) and types[2].get_num_dims() == 1
+    require(len(types) == 2 or given, f"{what}: only a memory, one vector, may follow token and position in a step")
 
 
 @irdl_op_definition
@@ -200,7 +263,7 @@ def _require_return(block: Block) -> ReturnOp:
 
 @irdl_op_definition
 class RepeatOp(TbOp):
-    """`count` equal layers in a row; layer l of 0..count-1 reads the symbols with `{}` replaced by start + l.
+    """`count` equal layers in a row; layer l of 0..count-1 reads the symbols that `layer_name` makes of its templates.
 
     Operands are the first layer's block arguments; each layer's yielded values are the next one's arguments,
     and the last layer's are the results. Every layer has its own K/V caches.
@@ -312,7 +375,7 @@ def _operand_numbers(attribute: Attribute, found: set[int]) -> None:
 
 @irdl_op_definition
 class ParameterOp(TbOp):
-    """A source parameter or buffer as a value; only in `tb.graph`."""
+    """A source parameter or buffer as a value; in a step or an encoder one vector, tensor<Dxf32>."""
 
     name = "tb.parameter"
     out = result_def(TensorType)
@@ -346,7 +409,9 @@ TB = Dialect(
         AddOp,
         AtenOp,
         AttentionOp,
+        CrossAttentionOp,
         EmbeddingOp,
+        EncoderOp,
         GraphOp,
         LayerNormOp,
         LinearOp,
@@ -356,6 +421,7 @@ TB = Dialect(
         RepeatOp,
         ReturnOp,
         RmsNormOp,
+        RotaryOp,
         ScaleOp,
         SliceOp,
         StepOp,

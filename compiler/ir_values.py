@@ -20,7 +20,6 @@ from xdsl.irdl import (
     ParsePropInAttrDict,
     irdl_op_definition,
     operand_def,
-    opt_operand_def,
     opt_prop_def,
     prop_def,
     result_def,
@@ -34,9 +33,6 @@ ACTIVATIONS = ("gelu_tanh", "gelu_erf", "relu", "silu", "tanh", "sigmoid")
 
 LAYOUTS = ("in_out", "out_in")
 """How a linear weight lies in its source: [inputs, outputs] or [outputs, inputs]."""
-
-MASKS = ("causal", "window", "none")
-"""Which positions j a position i attends to: j <= i; i - window < j <= i; every j (never in a step)."""
 
 FORMAT = "`(` operands `)` attr-dict `:` functional-type(operands, results)"
 """How most operations are written."""
@@ -86,7 +82,8 @@ def require(condition: bool, rule: str) -> None:
         raise VerifyException(rule)
 
 
-def _require_float_vectors(*values: SSAValue) -> None:
+def require_float_vectors(*values: SSAValue) -> None:
+    """Raise VerifyException unless the values are float32 tensors whose last axis has a fixed size."""
     for value in values:
         require(
             isinstance(value.type, TensorType) and value.type.element_type == f32,
@@ -123,7 +120,7 @@ class EmbeddingOp(TbOp):
 
     def verify_(self) -> None:
         """A float32 result and an offset that is not negative."""
-        _require_float_vectors(self.out)
+        require_float_vectors(self.out)
         require(self.offset.value.data >= 0, "tb.embedding: offset must not be negative")
 
 
@@ -148,7 +145,7 @@ class _Binary(TbOp):
 
     def verify_(self) -> None:
         """Both operands and the result have one shape, leading axes of size one apart."""
-        _require_float_vectors(self.lhs, self.rhs, self.out)
+        require_float_vectors(self.lhs, self.rhs, self.out)
         require(
             _shape(self.lhs) == _shape(self.rhs) == _shape(self.out),
             f"{self.name}: operands and result must have one shape",
@@ -177,7 +174,7 @@ class _Unary(TbOp):
 
     def verify_(self) -> None:
         """The result has the operand's type."""
-        _require_float_vectors(self.x, self.out)
+        require_float_vectors(self.x, self.out)
         require(self.x.type == self.out.type, f"{self.name}: the result must have the operand's type")
 
 
@@ -198,14 +195,14 @@ class LayerNormOp(_Unary):
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis (population variance)."""
 
     name = "tb.layer_norm"
-    weight = prop_def(SymbolRefAttr)
+    weight = opt_prop_def(SymbolRefAttr)
     bias = opt_prop_def(SymbolRefAttr)
     eps = prop_def(FloatAttr)
 
-    def __init__(self, x: SSAValue, weight: str, bias: str | None, eps: float) -> None:
+    def __init__(self, x: SSAValue, weight: str | None, bias: str | None, eps: float) -> None:
         """Make the operation from plain values."""
         properties = {
-            "weight": symbol(weight),
+            "weight": symbol(weight) if weight is not None else None,
             "bias": symbol(bias) if bias is not None else None,
             "eps": real(eps),
         }
@@ -217,12 +214,13 @@ class RmsNormOp(_Unary):
     """x / sqrt(mean(x * x) + eps) * weight over the last axis."""
 
     name = "tb.rms_norm"
-    weight = prop_def(SymbolRefAttr)
+    weight = opt_prop_def(SymbolRefAttr)
     eps = prop_def(FloatAttr)
 
-    def __init__(self, x: SSAValue, weight: str, eps: float) -> None:
+    def __init__(self, x: SSAValue, weight: str | None, eps: float) -> None:
         """Make the operation from plain values."""
-        super().__init__(operands=[x], result_types=[x.type], properties={"weight": symbol(weight), "eps": real(eps)})
+        properties = {"weight": symbol(weight) if weight is not None else None, "eps": real(eps)}
+        super().__init__(operands=[x], result_types=[x.type], properties=properties)
 
 
 @irdl_op_definition
@@ -245,54 +243,68 @@ class ActivationOp(_Unary):
 
 @irdl_op_definition
 class LinearOp(TbOp):
-    """x times `weight`, plus `bias`; the weight is [in, out] for layout in_out and [out, in] for out_in."""
+    """x times `weight`, plus `bias`; the weight is [in, out] for layout in_out and [out, in] for out_in.
+
+    With `scale` the weight is int8 and stays so in memory: each product is multiplied by the float32 scale of its
+    column, [out], before the bias is added.
+    """
 
     name = "tb.linear"
     x = operand_def(TensorType)
     out = result_def(TensorType)
     weight = prop_def(SymbolRefAttr)
     bias = opt_prop_def(SymbolRefAttr)
+    scale = opt_prop_def(SymbolRefAttr)
     layout = prop_def(StringAttr)
     traits = traits_def(Pure())
     assembly_format = FORMAT
 
-    def __init__(self, x: SSAValue, weight: str, bias: str | None, layout: str, type: Attribute) -> None:
+    def __init__(
+        self, x: SSAValue, weight: str, bias: str | None, layout: str, type: Attribute, scale: str | None = None
+    ) -> None:
         """Make the operation from plain values."""
         properties = {
             "weight": symbol(weight),
             "bias": symbol(bias) if bias is not None else None,
+            "scale": symbol(scale) if scale is not None else None,
             "layout": StringAttr(layout),
         }
         super().__init__(operands=[x], result_types=[type], properties=properties)
 
     def verify_(self) -> None:
         """A known layout; operand and result differ in the last axis only."""
-        _require_float_vectors(self.x, self.out)
+        require_float_vectors(self.x, self.out)
         require(self.layout.data in LAYOUTS, f"tb.linear: layout must be one of {', '.join(LAYOUTS)}")
         require(
-            _outer(self.x) == _outer(self.out),
+            outer(self.x) == outer(self.out),
             "tb.linear: operand and result may differ in the last axis only",
         )
 
 
-def _outer(value: SSAValue) -> tuple[int, ...]:
+def outer(value: SSAValue) -> tuple[int, ...]:
+    """The sizes of all axes but the last."""
     assert isinstance(value.type, TensorType)
     return value.type.get_shape()[:-1]
 
 
 @irdl_op_definition
 class SliceOp(TbOp):
-    """Elements start to start + size of the last axis."""
+    """`size` elements of the last axis from `start` on: a run, or runs of `run` elements at every `stride`.
+
+    Element i of the result is element start + i // run * stride + i % run; without `run` that is start + i.
+    """
 
     name = "tb.slice"
     x = operand_def(TensorType)
     out = result_def(TensorType)
     start = prop_def(IntegerAttr)
     size = prop_def(IntegerAttr)
+    run = opt_prop_def(IntegerAttr)
+    stride = opt_prop_def(IntegerAttr)
     traits = traits_def(Pure())
     assembly_format = FORMAT
 
-    def __init__(self, x: SSAValue, start: int, size: int) -> None:
+    def __init__(self, x: SSAValue, start: int, size: int, run: int | None = None, stride: int | None = None) -> None:
         """Make the operation from plain values."""
         if not isinstance(x.type, TensorType):
             raise VerifyException(f"tb.slice: expected a tensor, not {x.type}")
@@ -300,98 +312,32 @@ class SliceOp(TbOp):
         super().__init__(
             operands=[x],
             result_types=[TensorType(x.type.element_type, shape)],
-            properties={"start": number(start), "size": number(size)},
-        )
-
-    def verify_(self) -> None:
-        """The slice lies inside the operand."""
-        _require_float_vectors(self.x, self.out)
-        start, size = self.start.value.data, self.size.value.data
-        require(
-            start >= 0 and size > 0 and start + size <= width(self.x),
-            f"tb.slice: {start} to {start + size} is outside 0 to {width(self.x)}",
-        )
-        require(
-            width(self.out) == size and _outer(self.x) == _outer(self.out),
-            "tb.slice: the result must be the operand's type with a last axis of `size`",
-        )
-
-
-@irdl_op_definition
-class AttentionOp(TbOp):
-    """softmax(scale * q·k) · v over the positions the mask allows, head by head.
-
-    In a step q is [heads, head_dim], k and v are [kv_heads, head_dim] of this token, flat; query head h reads
-    K/V head h // (heads / kv_heads); k and v join the cache of this operation before the product. In a graph
-    q, k and v are [1, heads, T, head_dim], and `allowed` may hold the mask as a value until it is classified.
-    """
-
-    name = "tb.attention"
-    q = operand_def(TensorType)
-    k = operand_def(TensorType)
-    v = operand_def(TensorType)
-    allowed = opt_operand_def(TensorType)
-    out = result_def(TensorType)
-    heads = prop_def(IntegerAttr)
-    kv_heads = prop_def(IntegerAttr)
-    head_dim = prop_def(IntegerAttr)
-    scale = prop_def(FloatAttr)
-    mask = opt_prop_def(StringAttr)
-    window = opt_prop_def(IntegerAttr)
-    traits = traits_def(Pure())
-    assembly_format = FORMAT
-
-    def __init__(
-        self,
-        q: SSAValue,
-        k: SSAValue,
-        v: SSAValue,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        scale: float,
-        mask: str | None = None,
-        window: int | None = None,
-        allowed: SSAValue | None = None,
-    ) -> None:
-        """Make the operation from plain values."""
-        super().__init__(
-            operands=[q, k, v, allowed],
-            result_types=[q.type],
             properties={
-                "heads": number(heads),
-                "kv_heads": number(kv_heads),
-                "head_dim": number(head_dim),
-                "scale": real(scale),
-                "mask": StringAttr(mask) if mask is not None else None,
-                "window": number(window) if window is not None else None,
+                "start": number(start),
+                "size": number(size),
+                "run": None if run is None else number(run),
+                "stride": None if stride is None else number(stride),
             },
         )
 
+    @property
+    def runs(self) -> tuple[int, int]:
+        """(run, stride); one run of the whole size where the properties are absent."""
+        if self.run is None or self.stride is None:
+            return self.size.value.data, self.size.value.data
+        return self.run.value.data, self.stride.value.data
+
     def verify_(self) -> None:
-        """Head counts divide, vectors have their sizes, and the mask is a value or a known kind."""
-        _require_float_vectors(self.q, self.k, self.v, self.out)
-        heads, kv_heads, size = (a.value.data for a in (self.heads, self.kv_heads, self.head_dim))
+        """The slice lies inside the operand."""
+        require_float_vectors(self.x, self.out)
+        require((self.run is None) == (self.stride is None), "tb.slice: `run` goes with `stride`, and only with it")
+        start, size = self.start.value.data, self.size.value.data
+        require(start >= 0 and size > 0, f"tb.slice: start = {start} and size = {size} are no slice")
+        run, stride = self.runs
+        require(0 < run <= stride and size % run == 0, f"tb.slice: runs of {run} every {stride} do not make {size}")
+        end = start + (size // run - 1) * stride + run
+        require(end <= width(self.x), f"tb.slice: {start} to {end} is outside 0 to {width(self.x)}")
         require(
-            heads > 0 and kv_heads > 0 and size > 0 and heads % kv_heads == 0,
-            f"tb.attention: kv_heads = {kv_heads} must divide heads = {heads}",
+            width(self.out) == size and outer(self.x) == outer(self.out),
+            "tb.slice: the result must be the operand's type with a last axis of `size`",
         )
-        require(self.q.type == self.out.type, "tb.attention: the result must have the type of q")
-        require(self.k.type == self.v.type, "tb.attention: k and v must have one type")
-        for value, count in ((self.q, heads), (self.k, kv_heads)):
-            shape = (*_outer(value), width(value))
-            require(
-                shape == (count * size,) or (len(shape) == 4 and (shape[1], shape[3]) == (count, size)),
-                f"tb.attention: {value.type} does not hold {count} heads of {size}",
-            )
-        require(
-            (self.mask is None) == (self.allowed is not None),
-            "tb.attention: the mask is either an operand or an attribute",
-        )
-        kind = self.mask.data if self.mask is not None else "causal"
-        require(kind in MASKS, f"tb.attention: mask must be one of {', '.join(MASKS)}")
-        require(
-            (kind == "window") == (self.window is not None),
-            "tb.attention: `window` goes with mask = window, and only with it",
-        )
-        require(self.window is None or self.window.value.data > 0, "tb.attention: window must be positive")

@@ -188,6 +188,8 @@ class _Partitioner:
 
     def on_layer_norm(self, op: ir.LayerNormOp) -> None:
         source = self.dense(op.x, op)
+        if op.weight is None:
+            return self.refuse(op, "the norm has no weight", "give it one")
         weight = self.param(ir.text(op.weight), source.size)
         bias = None if op.bias is None else self.param(ir.text(op.bias), source.size)
         made = dev.LayerNormOp(source.value, weight, bias, op.eps.value.data, source.size)
@@ -195,6 +197,8 @@ class _Partitioner:
 
     def on_rms_norm(self, op: ir.RmsNormOp) -> None:
         source = self.dense(op.x, op)
+        if op.weight is None:
+            return self.refuse(op, "the norm has no weight", "give it one")
         weight = self.param(ir.text(op.weight), source.size)
         self.keep(dev.RmsNormOp(source.value, weight, op.eps.value.data, source.size), op, (source.size, 1, 1, False))
 

@@ -9,4 +9,4 @@ builtin.module {
   }
 }
 // -----
-// error: attention in a step needs a causal or window mask
+// error: attention in tb.step needs a causal or window mask

@@ -13,4 +13,4 @@ builtin.module {
   }
 }
 // -----
-// error: must hold one tb.graph or one tb.step, not 2 operations
+// error: must hold one tb.graph or one tb.step, and before it the encoder's if there is one, not 2 operations
