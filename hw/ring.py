@@ -20,6 +20,7 @@ from amaranth.lib import stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
+from typebar.hw.arbiter import TurnArbiter
 from typebar.hw.control.checks import DEVICE_BITS
 from typebar.hw.control.core import issued_layout
 from typebar.hw.control.decoder import slot
@@ -159,7 +160,7 @@ class Receiver(wiring.Component):
 
     `arm` starts to write a gather's `hops` blocks of `rows` rows: the first block to `first_row`, that of device
     `first_source`, the next `rows` further down (clockwise) or up, but to `wrap_row`, that of `wrap_source`, at the
-    ring's end. No row is written in the cycle after one with `block`; `wants` to write one. `drained` once the last is
+    ring's end. `wants` to write a row; if `granted`, it is written in the cycle after. `drained` once the last is
     written and whole, if all others are sent on. `wrong`: the row at the port has another number or length than
     `sequence` and `words`.
 
@@ -187,7 +188,7 @@ class Receiver(wiring.Component):
                 "wrap_row": In(range(rows)),
                 "wrap_source": In(DEVICE_BITS),
                 "last_source": In(DEVICE_BITS),
-                "block": In(1),
+                "granted": In(1),
                 "wants": Out(1),
                 "write": Out(write_port(machine)),
                 "drained": Out(1),
@@ -241,7 +242,7 @@ class Receiver(wiring.Component):
         following = target - self.rows if self.clockwise else target + self.rows
         m.d.comb += [
             self.wants.eq(some & (left != 0)),
-            drains.eq(self.wants & ~self.block),
+            drains.eq(self.wants & self.granted),
             read.en.eq(drains),
             self.write.address.eq(address),
             self.write.mask.eq(Mux(valid & (self.rows != 0) & ~self.wrong, (1 << self.machine.vector.lanes) - 1, 0)),
@@ -354,14 +355,19 @@ class RingUnit(wiring.Component):
             timer.rows.eq(self._rows),
         ]
         self._instruction()
-        own, receivers = self._read_own(), []
+        own = self._read_own()
+        m.submodules.arbiter = arbiter = TurnArbiter()
+        m.d.comb += arbiter.urgent.eq(self._own_follows)
         for index, name in enumerate(("cw", "ccw")):
             m.submodules[f"{name}_sender"] = sender = Sender(self.machine)
             m.submodules[f"{name}_receiver"] = receiver = Receiver(self.machine, clockwise=index == 0)
             self._direction(index, name, sender, receiver)
             self._feed(index, sender, receiver, own)
-            receivers.append(receiver)
-        self._take_turns(*receivers)
+            m.d.comb += [
+                # The rows of empty blocks are not written.
+                arbiter.requests[index].eq(receiver.wants & (self._rows != 0)),
+                receiver.granted.eq(arbiter.grants[index] | (self._rows == 0)),
+            ]
         return m
 
     # The instruction -----------------------------------------------------------------------------------
@@ -386,13 +392,11 @@ class RingUnit(wiring.Component):
         ]
         with m.If(self._start):
             m.d.sync += [
-                self._busy.eq(1),
                 self._words.eq(values[slot("gather", "n")]),
                 self._rows.eq(values[slot("gather", "n")] >> shift),
                 self._dst.eq(values[slot("gather", "dst")] >> shift),
-                pc.eq(self.issued.payload.pc),
-                ticket.eq(self.issued.payload.ticket),
             ]
+            m.d.sync += [self._busy.eq(1), pc.eq(self.issued.payload.pc), ticket.eq(self.issued.payload.ticket)]
         m.d.sync += [
             stage.eq((stage << 1) | self._start),
             self._own.eq(self._dst + self.rank * self._rows),
@@ -409,13 +413,8 @@ class RingUnit(wiring.Component):
         with m.If(self._busy & self._wrong.any()):
             m.d.sync += self.mismatch.eq(1)
         with m.If(self._finish):
-            m.d.sync += [
-                self._busy.eq(0),
-                self._armed.eq(0),
-                skew.eq(0),
-                self.completed.eq(ticket),
-                self._sequence.eq(self._sequence + 1),
-            ]
+            m.d.sync += [self._busy.eq(0), self._armed.eq(0), skew.eq(0)]
+            m.d.sync += [self.completed.eq(ticket), self._sequence.eq(self._sequence + 1)]
         self._arm = stage[1]
 
     def _read_own(self) -> tuple[Signal, Signal]:
@@ -497,13 +496,3 @@ class RingUnit(wiring.Component):
                     port.mask.eq((1 << self.machine.vector.lanes) - 1),
                     port.data.eq(self.read.data),
                 ]
-
-    def _take_turns(self, clockwise: Receiver, anticlockwise: Receiver) -> None:
-        """A row in a cycle: the own block's, which cannot wait, then the directions' in turn. Empty ones need none."""
-        m, turn = self._m, Signal()
-        both = clockwise.wants & anticlockwise.wants & ~self._own_follows & (self._rows != 0)
-        m.d.sync += turn.eq(turn ^ both)
-        m.d.comb += [
-            clockwise.block.eq(self._own_follows | (both & turn)),
-            anticlockwise.block.eq(self._own_follows | (both & ~turn)),
-        ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from amaranth.hdl import Assert, Assume, Cat, Const, Module, Mux, Signal, Value
+from amaranth.hdl import Assert, Assume, Cat, Const, Module, Mux, ResetSignal, Signal, Value
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In
 
@@ -26,7 +26,6 @@ class QueueHarness(wiring.Component):
         self.dut, self.depth, self.bits, self.plant = TicketQueue(3, depth, bits, UNITS), depth, bits, plant
         super().__init__(
             {
-                "rst": In(1),
                 "push": In(1),
                 "payload": In(3),
                 "waits": In(waits_layout(bits, UNITS)),
@@ -72,7 +71,7 @@ class QueueHarness(wiring.Component):
             m.d.sync += entries[index].eq(Mux(push & (place == index), new, shifted))
         m.d.sync += count.eq(count + push - pop)
         m.d.comb += [
-            Assume(~self.rst),
+            Assume(~ResetSignal()),
             Assert(dut.o.valid == valid),
             Assert(dut.i.ready == ready),
             Assert(dut.level == count),
@@ -136,7 +135,6 @@ class ScoreboardHarness(wiring.Component):
         self.ports = [[queue.memory.read_port(domain="comb") for _ in range(places)] for queue in self.queues]
         super().__init__(
             {
-                "rst": In(1),
                 "issue": In(1),
                 "unit": In(1),
                 "reads": In(segments),
@@ -156,7 +154,7 @@ class ScoreboardHarness(wiring.Component):
         table, room, issue = self.table, Signal(), Signal()
         m.submodules.table = table
         m.d.comb += [
-            Assume(~self.rst),
+            Assume(~ResetSignal()),
             issue.eq(self.issue & room),
             table.reads.eq(self.reads if self.plant != "reads" else 0),
             table.writes.eq(self.writes),
@@ -321,7 +319,7 @@ class RowTableHarness(wiring.Component):
         machine = Machine.load("tiny")
         self.layout = rows_layout(machine)
         self.dut = RowTable(machine, Domain.MEMORY, self.PLACES, self.BITS)
-        ports = {"rst": 1, "issue": 1, "rows": self.layout, "query": self.layout, "choose": 1, "finish": 2}
+        ports = {"issue": 1, "rows": self.layout, "query": self.layout, "choose": 1, "finish": 2}
         super().__init__({name: In(shape) for name, shape in ports.items()})
 
     def elaborate(self, platform: object) -> Module:
@@ -335,7 +333,7 @@ class RowTableHarness(wiring.Component):
             m.d.sync += [a.known.eq(1), a.rows.eq(self.rows), a.ticket.eq(issued + 1), a.place.eq(dut.place)]
         covered = ~a.known | was_done | ~owed(a.ticket, done)
         m.d.comb += [
-            Assume(~self.rst),
+            Assume(~ResetSignal()),
             Assume(self.finish <= (issued - done)[: self.BITS]),
             dut.issue.eq(issue),
             dut.rows.eq(self.rows),
