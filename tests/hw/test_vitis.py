@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import time
@@ -16,7 +15,7 @@ from typebar.hw.vitis import KERNEL, WAIVERS, kernel_files
 from typebar.isa.errors import TypebarError
 from typebar.isa.machine import Machine
 from typebar.isa.registers import pointer_address
-from typebar.tests.hw.native import VERILATOR
+from typebar.tests.hw.verilate import run_verilator
 
 MOST_BYTES, MOST_SECONDS = 5_000_000, 60
 STYLE = {"ASCRANGE", "CASEINCOMPLETE", "CMPCONST", "DECLFILENAME", "PROCASSINIT", "UNSIGNED", "UNUSEDSIGNAL"}
@@ -25,9 +24,7 @@ STYLE |= {"VARHIDDEN", "WIDTHEXPAND", "WIDTHTRUNC"}
 
 def lint(folder: Path) -> subprocess.CompletedProcess[str]:
     """Verilator's lint, as the folder's README has it."""
-    command = [str(VERILATOR), "--lint-only", "-Wall", "--top-module", KERNEL, "waivers.vlt", f"{KERNEL}.v"]
-    environment = {**os.environ, "PATH": f"{VERILATOR.parent}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    return run_verilator(["--lint-only", "-Wall", "--top-module", KERNEL, "waivers.vlt", f"{KERNEL}.v"], folder)
 
 
 def ports(text: str) -> set[str]:
