@@ -7,7 +7,7 @@ what it computes is compared with what is known, so the many ways to write one t
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from typebar.compiler import ir
 
 Lookup = Callable[[str], np.ndarray]
 """Gives a source parameter's or buffer's values by its name; raises TypebarError if there are none."""
+
+Define = Callable[[str, Sequence[int], Callable[[], np.ndarray]], None]
+"""Lets a name stand for a tensor derived from the model's: its shape, and a function that computes it when needed."""
 
 
 def words(text: str) -> frozenset[str]:

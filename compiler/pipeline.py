@@ -12,7 +12,7 @@ from xdsl.utils.arg_spec import parse_spec
 from xdsl.utils.exceptions import ArgSpecParseError, ParseError, VerifyException
 
 from typebar.compiler import device_ir, ir
-from typebar.compiler.aten import Lookup
+from typebar.compiler.aten import Define, Lookup
 from typebar.compiler.passes.allocate import AllocatePass
 from typebar.compiler.passes.canonicalise import Canonicalise
 from typebar.compiler.passes.classify_masks import ClassifyMasks, classify
@@ -99,10 +99,11 @@ def _check(module: ModuleOp) -> None:
         raise TypebarError(f"invalid module: {str(error).splitlines()[-1].strip()}") from error
 
 
-def lower(module: ModuleOp, lookup: Lookup | None = None, check: bool = False) -> None:
+def lower(module: ModuleOp, lookup: Lookup | None = None, define: Define | None = None, check: bool = False) -> None:
     """Lead an imported graph to a re-rolled step, in place.
 
-    `lookup` gives the values of buffers that masks are made from; `check` verifies after every pass, not just the last.
+    `lookup` gives the values of buffers that masks are made from; `define` takes the tensors that passes derive from
+    the model's; `check` verifies after every pass, not just the last.
     Raises LoweringError with everything that cannot be lowered: masks, positions and operations in one list.
     """
     context = ir.context()

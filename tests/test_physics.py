@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from typebar.compiler.driver import Compiled, build
-from typebar.compiler.frontend import FrontendModel, ShapeSource
+from typebar.compiler.frontend import DerivedSource, FrontendModel, ShapeSource
 from typebar.compiler.pipeline import parse
 from typebar.isa.instructions import Format
 from typebar.isa.machine import Machine
@@ -85,7 +85,9 @@ def source_shapes(s: Shape) -> dict[str, tuple[int, ...]]:
 
 def compiled(s: Shape, machine: Machine, devices: int) -> Compiled:
     config: Mapping[str, Any] = {"context": s.context, "vocab": s.vocab, "eos_token_id": None}
-    model = FrontendModel(parse(step_text(s)), ShapeSource(source_shapes(s)), None, dict(config), "random")
+    model = FrontendModel(
+        parse(step_text(s)), DerivedSource(ShapeSource(source_shapes(s))), None, dict(config), "random"
+    )
     return build(model, machine, devices, Format.FP16)
 
 

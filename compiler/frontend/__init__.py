@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from typebar.compiler.frontend.models import SHAPES, FrontendModel, import_model, load_model
-from typebar.compiler.frontend.weights import CheckpointSource, ModuleSource, ShapeSource, WeightSource
+from typebar.compiler.frontend.weights import CheckpointSource, DerivedSource, ModuleSource, ShapeSource, WeightSource
 
 __all__ = [
     "SHAPES",
     "CheckpointSource",
+    "DerivedSource",
     "FrontendModel",
     "ModuleSource",
     "ShapeSource",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from xdsl.dialects.builtin import DYNAMIC_INDEX, ModuleOp, TensorType
 from typebar.compiler import ir
 from typebar.compiler.aten import base_name, depends_on_tokens
 from typebar.compiler.frontend.torch_import import Exported, export, to_graph
-from typebar.compiler.frontend.weights import ModuleSource, ShapeSource, WeightSource, bind
+from typebar.compiler.frontend.weights import DerivedSource, ModuleSource, ShapeSource, WeightSource, bind
 from typebar.compiler.pipeline import lower
 from typebar.isa.errors import TypebarError
 
@@ -39,19 +39,19 @@ class FrontendModel:
     """A model, brought in.
 
     `module` holds the graph as imported, or the re-rolled step once lowered; `config` has at least context, vocab and
-    eos_token_id (None if there is none).
+    eos_token_id (None if there is none). `weights` has the parameters, the buffers and the constants that the graph
+    names, and takes those that the passes derive from them.
     """
 
     module: ModuleOp
-    weights: WeightSource
+    weights: DerivedSource
     tokenizer_json: bytes | None
     config: dict[str, Any]
     name: str
-    constants: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def lookup(self, name: str) -> np.ndarray:
-        """The values of a parameter, a buffer or a constant; raises TypebarError if there are none."""
-        return self.constants[name] if name in self.constants else self.weights.load(name)
+        """The values of a parameter, a buffer or a derived tensor; raises TypebarError if there are none."""
+        return self.weights.load(name)
 
 
 def load_model(source: str | Path | torch.nn.Module, config: Mapping[str, Any] | None = None) -> FrontendModel:
@@ -62,7 +62,7 @@ def load_model(source: str | Path | torch.nn.Module, config: Mapping[str, Any] |
     Raises TypebarError; LoweringError lists everything in the graph that cannot be lowered.
     """
     model = import_model(source, config)
-    lower(model.module, model.lookup)
+    lower(model.module, model.lookup, model.weights.define)
     return model
 
 
@@ -85,7 +85,7 @@ def _from_module(model: torch.nn.Module, given: dict[str, Any]) -> FrontendModel
     module, config = _graph(exported, merged)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     name = str(given.get("name") or type(model).__name__.lower())
-    return FrontendModel(module, ModuleSource(tensors), None, config, name, _constants(exported))
+    return FrontendModel(module, _with_constants(ModuleSource(tensors), exported), None, config, name)
 
 
 def _in_float32(model: torch.nn.Module) -> torch.nn.Module:
@@ -110,7 +110,7 @@ def _from_shape(name: str) -> FrontendModel:
     exported = export(model)
     module, facts = _graph(exported, _facts(config))
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    return FrontendModel(module, ShapeSource(shapes), None, facts, name, _constants(exported))
+    return FrontendModel(module, _with_constants(ShapeSource(shapes), exported), None, facts, name)
 
 
 def _from_directory(directory: Path) -> FrontendModel:
@@ -138,7 +138,7 @@ def _from_directory(directory: Path) -> FrontendModel:
     module, facts = _graph(exported, _facts(config))
     tokenizer = directory / "tokenizer.json"
     text = tokenizer.read_bytes() if tokenizer.is_file() else None
-    return FrontendModel(module, weights, text, facts, directory.resolve().name, _constants(exported))
+    return FrontendModel(module, _with_constants(weights, exported), text, facts, directory.resolve().name)
 
 
 def _empty_model(config: Any) -> torch.nn.Module:
@@ -167,8 +167,13 @@ def _facts(config: Any) -> dict[str, Any]:
     return {"context": context, "eos_token_id": read("eos_token_id")}
 
 
-def _constants(exported: Exported) -> dict[str, np.ndarray]:
-    return {n: t.detach().cpu().numpy() for n, t in exported.constants.items() if not t.is_meta}
+def _with_constants(source: WeightSource, exported: Exported) -> DerivedSource:
+    """The source, and the constants that the graph names."""
+    weights = DerivedSource(source)
+    for name, tensor in exported.constants.items():
+        if not tensor.is_meta:
+            weights.define(name, tuple(tensor.shape), lambda tensor=tensor: tensor.detach().cpu().numpy())  # type: ignore[misc]
+    return weights
 
 
 def _graph(exported: Exported, facts: Mapping[str, Any]) -> tuple[ModuleOp, dict[str, Any]]:

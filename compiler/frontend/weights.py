@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +128,50 @@ class CheckpointSource(WeightSource):
         if name not in self._stored:
             raise _unknown(name)
         return self._stored[name]
+
+
+class DerivedSource(WeightSource):
+    """A source's tensors and those computed from them: 1 + a weight, a permuted projection, a table of positions."""
+
+    def __init__(self, source: WeightSource) -> None:
+        """Wrap `source`; nothing is derived yet."""
+        self._source = source
+        self._known = frozenset(source.names())
+        self._derived: dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]] = {}
+
+    def define(self, name: str, shape: Sequence[int], make: Callable[[], np.ndarray]) -> None:
+        """Let `name` be the tensor that `make` returns, whenever it is loaded; it goes before the source's own.
+
+        Raises TypebarError if the name already stands for a tensor of another shape.
+        """
+        wanted = tuple(int(size) for size in shape)
+        if self.defines(name) and self.shape(name) != wanted:
+            raise TypebarError(
+                f"{name!r} is {list(self.shape(name))} already and cannot be derived as {list(wanted)}; rename it"
+            )
+        self._derived[name] = (wanted, make)
+
+    def defines(self, name: str) -> bool:
+        """Whether `name` has a shape here."""
+        return name in self._derived or name in self._known
+
+    def names(self) -> list[str]:
+        """The source's names, and after them the derived ones."""
+        return [*self._source.names(), *(name for name in self._derived if name not in self._known)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's shape; raises TypebarError if there is no such tensor."""
+        return self._derived[name][0] if name in self._derived else self._source.shape(name)
+
+    def load(self, name: str) -> np.ndarray:
+        """The values, computed now if derived; raises TypebarError if there are none or of another shape."""
+        if name not in self._derived:
+            return self._source.load(name)
+        shape, make = self._derived[name]
+        made = make()
+        if made.shape != shape:
+            raise TypebarError(f"{name!r} was computed as {list(made.shape)}, not {list(shape)}; mend its definition")
+        return made.astype(np.float32, copy=False) if np.issubdtype(made.dtype, np.floating) else made
 
 
 def _opened(path: Path) -> safe_open:
