@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from xdsl.dialects.builtin import StringAttr
+from xdsl.dialects.builtin import ModuleOp, StringAttr
 from xdsl.ir import Operation, SSAValue
 
 from typebar.isa.errors import TypebarError
 
 _SHOWN = 3
+MODULE = "module"
+"""Attribute of an imported operation: the path of the source's module that it comes from."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One operation that cannot be lowered."""
+    """One operation that cannot be lowered; `module` is the path of the source's module it comes from, if known."""
 
     node: str
     reason: str
     remedy: str
+    module: str = ""
 
     def __str__(self) -> str:
         """One clause: node: reason; remedy."""
@@ -53,3 +56,18 @@ def keep_name(new: Operation, old: Operation | SSAValue) -> None:
     owner = old.owner if isinstance(old, SSAValue) else old
     if isinstance(owner, Operation) and "node" in owner.attributes:
         new.attributes["node"] = owner.attributes["node"]
+
+
+def module_paths(module: ModuleOp) -> dict[str, str]:
+    """The module path of every node of an imported graph that has one."""
+    found: dict[str, str] = {}
+    for op in module.walk():
+        path = op.attributes.get(MODULE)
+        if isinstance(path, StringAttr):
+            found[node_name(op)] = path.data
+    return found
+
+
+def placed(problems: Iterable[Problem], paths: Mapping[str, str]) -> list[Problem]:
+    """The problems with their module paths filled in."""
+    return [replace(p, module=p.module or paths.get(p.node, "")) for p in problems]

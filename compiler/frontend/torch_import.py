@@ -26,7 +26,7 @@ from xdsl.ir import Attribute, Block, Region, SSAValue
 
 from typebar.compiler import ir
 from typebar.compiler.aten import DTYPES, SIZE_OPERATORS
-from typebar.compiler.problems import LoweringError, Problem
+from typebar.compiler.problems import MODULE, LoweringError, Problem
 from typebar.isa.errors import TypebarError
 
 _EXAMPLE_LENGTH = 7
@@ -192,7 +192,12 @@ class _Importer:
         name = self._name(target)
         if name is None:
             self.problems.append(
-                Problem(node.name, f"{target} is no plain torch operation", "write it with torch operations")
+                Problem(
+                    node.name,
+                    f"{target} is no plain torch operation",
+                    "write it with torch operations",
+                    _module_path(node),
+                )
             )
             self.values[node] = []
             return
@@ -203,6 +208,8 @@ class _Importer:
         kwargs = {k: self._encode(a, operands) for k, a in node.kwargs.items() if k not in _DROPPED_KEYWORDS}
         op = ir.AtenOp(name, operands, args, kwargs, types, "; ".join(n for n in notes if n) or None)
         op.attributes["node"] = StringAttr(node.name)
+        if path := _module_path(node):
+            op.attributes[MODULE] = StringAttr(path)
         self.block.add_op(op)
         self.values[node] = op.results
 
@@ -244,6 +251,13 @@ class _Importer:
         if isinstance(argument, torch.dtype | str):
             return StringAttr(str(argument))
         return UnitAttr()
+
+
+def _module_path(node: torch.fx.Node) -> str:
+    """The path, in the user's model, of the innermost module whose forward made the node; "" for the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = str(list(stack.values())[-1][0]) if stack else ""  # torch.export invents one for sizes it makes itself
+    return path.removeprefix("model").removeprefix(".") if path.split(".")[0] == "model" else ""
 
 
 def to_graph(exported: Exported, context: int) -> ModuleOp:
