@@ -6,7 +6,7 @@ when all have got there the ring instruction is carried out for all of them toge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,10 +28,13 @@ __all__ = [
     "FlagEvent",
     "FunctionalSimulator",
     "RunResult",
+    "WatchHook",
 ]
 
 FailureRule = Callable[[int, int], bool]
 """Called as rule(device, executed) before every instruction; true means that the device is lost from now on."""
+WatchHook = Callable[[int, int], None]
+"""Called as hook(device, pc) when a device has executed the instruction at pc."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class FunctionalSimulator:
         self._threads = threads
         self._ops: list[Op | None] = [*program.ops] if isinstance(program, Program) else _decode_words(program)
         self._code = _compile(self._ops, machine)
+        self._plain = self._code
         self.states = [DeviceState(rank, devices, machine, memory) for rank, memory in enumerate(memories)]
         self._failure: FailureRule | None = None
         self._lost: set[int] = set()
@@ -114,6 +118,25 @@ class FunctionalSimulator:
             self._failure = lambda device, executed: executed >= limit
         else:
             self._failure = rule
+
+    def watch(self, instructions: Iterable[int], hook: WatchHook | None) -> None:
+        """Tell `hook` whenever a device has executed one of `instructions`; None takes every watch back.
+
+        The others run at full speed. Not for ring instructions, which no device finishes alone.
+
+        Raises:
+            TypebarError: an index outside the program, or that of a ring instruction.
+        """
+        self._code = list(self._plain)
+        if hook is None:
+            return
+        for pc in instructions:
+            op = self._ops[pc] if 0 <= pc < len(self._ops) else None
+            if op is None or op.kind.name == "gather":
+                raise TypebarError(
+                    f"instruction {pc} cannot be watched: it is none of the program, or a ring instruction"
+                )
+            self._code[pc] = _watched(self._plain[pc], pc, hook)
 
     def run(
         self,
@@ -199,3 +222,12 @@ def _compile(ops: Sequence[Op | None], machine: Machine) -> list[Step]:
 
 def _illegal(state: DeviceState) -> int:
     raise state.stop(Trap.ILLEGAL)
+
+
+def _watched(step: Step, pc: int, hook: WatchHook) -> Step:
+    def watched(state: DeviceState) -> int:
+        following = step(state)
+        hook(state.rank, pc)
+        return following
+
+    return watched
