@@ -26,6 +26,9 @@ from typebar.isa.errors import TypebarError
 Probe = Callable[[str, torch.Tensor], None]
 """Called with a value's name and the value itself, as it is computed."""
 
+Trace = Callable[[Operation, int, torch.Tensor], None]
+"""Called with an operation, the pass of its loop that it belongs to (0 outside loops) and the value it computed."""
+
 
 class _Phase(IntEnum):
     """What a value depends on: nothing but weights; the source text at most; the token."""
@@ -59,8 +62,9 @@ class _Row:
         begin: Callable[[Operation], Function],
         probe: Probe | None,
         names: tuple[str, str],
+        trace: Trace | None,
     ) -> None:
-        self._weights, self._begin, self._probe = weights, begin, probe
+        self._weights, self._begin, self._probe, self._trace = weights, begin, probe, trace
         self._prefix, last = names
         self._phases = list(arguments)
         self._programs: dict[_Phase, list[_Instruction]] = {phase: [] for phase in _Phase}
@@ -119,6 +123,8 @@ class _Row:
             phase = _Phase.TOKEN
         attends = isinstance(op, ir.AttentionOp | ir.CrossAttentionOp)
         function = self._begin(op) if attends else function_of(op, self._weights)
+        if self._trace is not None:
+            function = _traced(function, op, self._weights.layer[1], self._trace)
         self._phases.append(phase)
         slot = len(self._phases) - 1
         self._programs[phase].append(_Instruction(inputs, function, slot))
@@ -139,14 +145,23 @@ class _Row:
         self._programs[self._phases[slot]].append(_Instruction((slot,), show, len(self._phases) - 1))
 
 
+def _traced(function: Function, op: Operation, layer: int, trace: Trace) -> Function:
+    def run(*inputs: torch.Tensor) -> torch.Tensor:
+        value = function(*inputs)
+        trace(op, layer, value)
+        return value
+
+    return run
+
+
 class StepInterpreter:
     """Runs a step, re-rolled or not, token by token, and before it its encoder, if there is one.
 
     `module` is a module or its text; all arithmetic and all weights are in `dtype` on `device`. `probe` is called for
     every token with "embedding", the vector that the first loop receives; with "layer 3", the vector after that layer
     of a loop; and with "logits". For a source text it is called with "encoder embedding", "encoder layer 3" and
-    "encoder memory", rows [S, D]. Raises TypebarError for a module that holds no valid step and for weights whose
-    shapes do not fit it.
+    "encoder memory", rows [S, D]. `trace` is called for every operation. Raises TypebarError for a module that holds no
+    valid step and for weights whose shapes do not fit it.
     """
 
     def __init__(
@@ -156,6 +171,7 @@ class StepInterpreter:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         probe: Probe | None = None,
+        trace: Trace | None = None,
     ) -> None:
         """Load every weight once and lay the operations of all layers out in a row."""
         parsed = parse(module) if isinstance(module, str) else module
@@ -175,10 +191,12 @@ class StepInterpreter:
             self._encoded = False
             arguments = [_Phase.TOKEN] * 2
             names = ("encoder ", "memory")
-            self._encoder = _Row(first.body.block, arguments, self._weights, self._source_attention, probe, names)
+            self._encoder = _Row(
+                first.body.block, arguments, self._weights, self._source_attention, probe, names, trace
+            )
         arguments = [_Phase.TOKEN, _Phase.TOKEN, _Phase.SOURCE][: len(step.body.block.args)]
         names = ("", "logits")
-        self._step = _Row(step.body.block, arguments, self._weights, self._attention, probe, names)
+        self._step = _Row(step.body.block, arguments, self._weights, self._attention, probe, names, trace)
 
     @property
     def has_encoder(self) -> bool:
