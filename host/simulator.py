@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from typebar.host.device import Bytes, Device, DeviceError, Poll, check_span
 from typebar.isa.errors import TypebarError
@@ -12,7 +13,7 @@ from typebar.isa.instructions import WRITABLE_REGIONS, Region, Trap
 from typebar.isa.machine import Machine
 from typebar.isa.program import Program
 from typebar.isa.registers import Register, Status
-from typebar.sim.functional import DeviceMemory, DeviceTrap, FunctionalSimulator
+from typebar.sim.functional import DeviceMemory, DeviceTrap, FunctionalSimulator, WatchHook
 
 Failure = Callable[[int, int], bool]
 """An injected failure, called as rule(rank, executed instructions): true means that the rank is lost from now on."""
@@ -31,9 +32,25 @@ class SimulatedDevice(Device):
         self._memory: list[dict[Region, Bytes]] = [{} for _ in range(ranks)]
         self._program: Program | None = None
         self._simulator: FunctionalSimulator | None = None
+        self._watched: list[int] = []
+        self._hook: WatchHook | None = None
         self._entry: int | None = None
         self._status = Status.IDLE
         self._trap: DeviceTrap | None = None
+
+    def watch(self, instructions: Iterable[int], hook: WatchHook | None) -> None:
+        """Tell `hook`, as hook(rank, instruction), of executed instructions, from the next launch on; None ends it."""
+        self._watched, self._hook, self._simulator = list(instructions), hook, None
+
+    def vector_registers(self, rank: int) -> NDArray[np.float32]:
+        """A rank's vector register file, float32 [words]: a live view, from the first launch on.
+
+        Raises:
+            TypebarError: nothing has been launched yet.
+        """
+        if self._simulator is None:
+            raise TypebarError(f"{self.name} has no registers yet: launch a program first")
+        return self._simulator.vector_registers(rank)
 
     def load(self, program: Program) -> None:
         """Keep the program; it is decoded at the next launch."""
@@ -84,6 +101,7 @@ class SimulatedDevice(Device):
             memories = [DeviceMemory(dict(regions)) for regions in self._memory]
             self._simulator = FunctionalSimulator(self._program, self._machine, self.ranks, memories, self._threads)
             self._simulator.fail_after(self._failure)
+            self._simulator.watch(self._watched, self._hook)
         self._entry, self._status, self._trap = entry, Status.RUNNING, None
 
     def wait(self, poll: Poll | None = None) -> None:
