@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
-Size = int | torch.SymInt
+Size: TypeAlias = int | torch.SymInt
 """A number that may depend on how many tokens there are."""
 
 LARGEST = 1 << 31
@@ -105,7 +106,7 @@ class Absent:
     """The result of an operation that was refused."""
 
 
-Value = (
+Value: TypeAlias = (
     np.ndarray
     | torch.Tensor
     | Sizes

@@ -1,0 +1,145 @@
+"""Quantised ONNX operators: weights stay int8 with a float32 scale per column, activations are not quantised.
+
+`DynamicQuantizeLinear`, `MatMulInteger`, `Cast` and `Mul`, as onnxruntime writes them, become one `typebar::int8_linear`.
+The machine keeps activations in its operand format, which is finer than the 8 bits that the graph rounds them to.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from typebar.compiler.frontend.onnx.calls import MICROSOFT, Call, Result, real_weight, rule
+from typebar.compiler.frontend.onnx.values import (
+    Moved,
+    Product,
+    Quantised,
+    RealWeight,
+    RefusalError,
+    Weight,
+)
+
+_TOOL = "quantise the weights with onnxruntime's quantize_dynamic, per tensor or per column"
+
+
+@torch.library.custom_op("typebar::int8_linear", mutates_args=())
+def _int8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x times an int8 weight [in, out], each column multiplied by its float32 scale [out]."""
+    return torch.matmul(x, weight.to(x.dtype)) * scale
+
+
+@_int8_linear.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[1]))
+
+
+def int8_linear(
+    call: Call, x: torch.Tensor, weight: Weight, scale: np.ndarray, zero: np.ndarray, transposed: bool = False
+) -> torch.Tensor:
+    """x times (weight - zero) * scale; raises RefusalError for what does not fit int8 with one scale a column."""
+    if len(weight.shape) != 2 or weight.dtype not in (torch.int8, torch.uint8):
+        raise RefusalError(f"its quantised weight is {list(weight.shape)}, {weight.dtype}", _TOOL)
+    shape = weight.shape[::-1] if transposed else weight.shape
+    columns = shape[1]
+    # A scale by row of a matrix used as it is, or by column of one used transposed, does not factor out of the product.
+    if scale.size not in (1, columns) or zero.size not in (1, columns):
+        raise RefusalError(f"it has {scale.size} scales for {columns} columns", _TOOL)
+    shift = zero.reshape(-1).astype(np.int64)
+
+    def make() -> np.ndarray:
+        stored = call.reader.values_of(weight)
+        return _shifted(stored.T if transposed else stored, shift, weight.name)
+
+    if weight.dtype == torch.int8 and not shift.any() and not transposed:
+        values = weight
+    else:
+        _shifted_range(call, weight, shift)
+        values = call.reader.derived(weight, "int8", shape, make, torch.int8)
+    vector = np.broadcast_to(scale.reshape(-1).astype(np.float32), (columns,))
+    scales = call.reader.derived(values, "scale", (columns,), lambda: np.array(vector), torch.float32)
+    tensors = (call.reader.tensor_of(v) for v in (values, scales))
+    made: torch.Tensor = torch.ops.typebar.int8_linear(x, *tensors)
+    return made
+
+
+def _shifted(stored: np.ndarray, zero: np.ndarray, name: str) -> np.ndarray:
+    values = stored.astype(np.int64) - zero
+    if values.size and (values.min() < -128 or values.max() > 127):
+        raise RefusalError(f"{name!r} less its zero point does not fit int8", _TOOL)
+    return values.astype(np.int8)
+
+
+def _shifted_range(call: Call, weight: Weight, zero: np.ndarray) -> None:
+    """Refuse now what `make` would have to refuse later."""
+    if weight.dtype == torch.uint8 and np.all(zero == 128):
+        return
+    stored = call.reader.values_of(weight)
+    low, high = (int(stored.min()), int(stored.max())) if stored.size else (0, 0)
+    if low - int(zero.max()) < -128 or high - int(zero.min()) > 127:
+        raise RefusalError(f"{weight.name!r} less its zero point does not fit int8", _TOOL)
+
+
+def _zero_point(call: Call, index: int) -> np.ndarray:
+    given = call.constant(index)
+    return np.zeros(1, np.int64) if given is None else given.reshape(-1)
+
+
+@rule("DynamicQuantizeLinear")
+def quantise(call: Call) -> Result:
+    """The activation, remembered as it is; its scale and zero point cancel in the product that follows."""
+    x = call.tensor(0)
+    return [Quantised(x, part) for part in ("values", "scale", "zero")]
+
+
+@rule("MatMulInteger")
+def integer_product(call: Call) -> Result:
+    """A quantised activation times a quantised weight, before the scales."""
+    x, weight, zero = call.required(0), call.required(1), call.value(2)
+    if not isinstance(x, Quantised) or x.part != "values" or not isinstance(weight, Weight):
+        raise RefusalError("it is no product of a quantised activation and a quantised weight", _TOOL)
+    if not isinstance(zero, Quantised) or zero.part != "zero" or zero.x is not x.x:
+        raise RefusalError("its activation has a zero point of another value", _TOOL)
+    return Product(x.x, weight, _zero_point(call, 3))
+
+
+@rule("MatMulIntegerToFloat", "DynamicQuantizeMatMul", domain=MICROSOFT)
+def float_product(call: Call) -> Result:
+    """onnxruntime's fused forms: scales are applied inside, and perhaps a bias."""
+    if call.node.op_type == "DynamicQuantizeMatMul":
+        x, places = call.tensor(0), (1, 2, 3, 4)
+    else:
+        activation = call.required(0)
+        if not isinstance(activation, Quantised):
+            raise RefusalError("its first input is no quantised activation", _TOOL)
+        x, places = activation.x, (1, 3, 5, 6)
+    weight, scale = call.required(places[0]), call.constant(places[1])
+    if not isinstance(weight, Weight) or scale is None:
+        raise RefusalError("its weight is not an initialiser", _TOOL)
+    made = int8_linear(call, x, weight, scale, _zero_point(call, places[2]))
+    return made if call.value(places[3]) is None else made + call.tensor(places[3])
+
+
+@rule("DequantizeLinear")
+def dequantise(call: Call) -> Result:
+    """(x - zero) * scale: a matrix stays in integers, anything else becomes a float32 parameter."""
+    value, scale, zero = call.required(0), call.constant(1), _zero_point(call, 2)
+    if scale is None:
+        raise RefusalError("DequantizeLinear lacks its scale", "export the model again")
+    if isinstance(value, Quantised) and value.part == "values":
+        return value.x
+    weight = value.weight if isinstance(value, Moved) else value
+    if not isinstance(weight, Weight):
+        raise RefusalError("it dequantises something that is no weight", _TOOL)
+    if isinstance(value, Moved) and scale.size != 1:
+        raise RefusalError("it moves a weight's elements before it applies a scale for each column", _TOOL)
+    axis = call.integer("axis", 1)
+    if isinstance(value, Weight) and len(weight.shape) == 2 and _fits(weight, scale, axis):
+        return RealWeight(weight, scale.reshape(-1), zero)
+    real = real_weight(call, weight, scale, zero, axis)
+    for move in value.moves if isinstance(value, Moved) else ():
+        real = move(real)
+    return real
+
+
+def _fits(weight: Weight, scale: np.ndarray, axis: int) -> bool:
+    return scale.size == 1 or (scale.size == weight.shape[1] and axis % 2 == 1)
