@@ -10,13 +10,18 @@ import numpy as np
 from onnx import NodeProto, helper
 from onnx.reference import ReferenceEvaluator
 
+from typebar.compiler.aten import words
 from typebar.compiler.frontend.onnx.values import RefusalError, Value
 
 _LIMIT = 1 << 22
 """No more elements than this come of one folded operation, and no more go in."""
 
-_FOLDED = frozenset(
-    ["Abs", "Add", "And", "Cast", "Ceil", "Clip", "Concat", "ConstantOfShape", "Cos", "CumSum", "Div", "Equal", "Erf", "Exp", "Expand", "Flatten", "Floor", "Gather", "GatherElements", "GatherND", "Greater", "GreaterOrEqual", "Identity", "IsNaN", "Less", "LessOrEqual", "Log", "MatMul", "Max", "Min", "Mod", "Mul", "Neg", "Not", "OneHot", "Or", "Pow", "Range", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "Reshape", "Round", "ScatterND", "Shape", "Sigmoid", "Sign", "Sin", "Size", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tanh", "Tile", "Transpose", "Trilu", "Unsqueeze", "Where", "Xor", "NonZero", "TopK"]
+_FOLDED = words(
+    """Abs Add And Cast Ceil Clip Concat ConstantOfShape Cos CumSum Div Equal Erf Exp Expand Flatten Floor Gather
+    GatherElements GatherND Greater GreaterOrEqual Identity IsNaN Less LessOrEqual Log MatMul Max Min Mod Mul Neg Not
+    OneHot Or Pow Range Reciprocal ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum Reshape Round ScatterND Shape
+    Sigmoid Sign Sin Size Slice Softmax Split Sqrt Squeeze Sub Sum Tanh Tile Transpose Trilu Unsqueeze Where Xor
+    NonZero TopK"""
 )
 
 
@@ -28,7 +33,8 @@ def fold(node: NodeProto, inputs: Sequence[Value], opset: int) -> list[Value] | 
     if not arrays or any(a.size > _LIMIT for a in arrays) or not _small(node, inputs):
         return None
     feeds = {name: v for name, v in zip(node.input, inputs, strict=True) if name and isinstance(v, np.ndarray)}
-    declared = [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), None) for n, a in feeds.items()]  # fmt: skip
+    kinds = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in feeds.items()}
+    declared = [helper.make_tensor_value_info(name, kind, None) for name, kind in kinds.items()]
     results = [name for name in node.output if name]
     outputs = [helper.make_tensor_value_info(name, 0, None) for name in results]
     graph = helper.make_graph([node], "fold", declared, outputs)
@@ -48,6 +54,7 @@ def _small(node: NodeProto, inputs: Sequence[Value]) -> bool:
     """Whether an operation that enlarges its inputs stays within the limit."""
     arrays = [v if isinstance(v, np.ndarray) else np.zeros(0) for v in inputs]
     sizes = [a.reshape(-1) for a in arrays]
+    count: float
     match node.op_type:
         case "ConstantOfShape":
             count = math.prod(int(v) for v in sizes[0])

@@ -136,7 +136,7 @@ class OnnxModule(torch.nn.Module):  # type: ignore[misc]  # torch is not typed h
         """The module as torch.export has it, with the parameters' own names; raises as the class says."""
         self._rehearse()
         for _ in range(_ROUNDS):
-            made = export(self)
+            made = export(self, memory=self.inputs.memory_width() if self.inputs.takes_memory else None)
             if not self.settle():
                 aliases = {slot: self.reader.public(weight) for slot, weight in self._slots.items()}
                 return replace(made, aliases=aliases)

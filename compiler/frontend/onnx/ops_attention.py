@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from typebar.compiler.frontend.onnx.calls import MICROSOFT, Call, Result, rule
-from typebar.compiler.frontend.onnx.values import Filled, RefusalError, Size, Value, same
+from typebar.compiler.frontend.onnx.values import Filled, RefusalError, Value, same
 
 _DECOMPOSE = "export the model without fusing attention"
 
@@ -79,7 +79,7 @@ def standard_attention(call: Call) -> Result:
 
 @rule("MultiHeadAttention", domain=MICROSOFT)
 def multi_head_attention(call: Call) -> Result:
-    """onnxruntime's: query, key and value [1, T, heads * size], a bias for all three, an additive bias of the scores."""
+    """onnxruntime's: query, key and value [1, T, heads * size], one bias for all, an additive bias of the scores."""
     heads = call.integer("num_heads", 0)
     if heads < 1 or call.value(1) is None or call.value(2) is None:
         raise RefusalError("its query, key and value are packed in one tensor", _DECOMPOSE)
@@ -89,8 +89,8 @@ def multi_head_attention(call: Call) -> Result:
     q, k, v = (call.tensor(i) for i in range(3))
     if call.value(3) is not None:
         sizes = [x.shape[-1] if x.ndim == 3 else x.shape[1] * x.shape[-1] for x in (q, k, v)]
-        parts = torch.split(call.tensor(3), sizes)
-        q, k, v = (x + b if x.ndim == 3 else x + b.reshape(1, x.shape[1], 1, -1) for x, b in zip((q, k, v), parts))
+        biased = zip((q, k, v), torch.split(call.tensor(3), sizes), strict=True)
+        q, k, v = (x + b if x.ndim == 3 else x + b.reshape(1, x.shape[1], 1, -1) for x, b in biased)
     q, k, v = (_heads(x, heads) if x.ndim == 3 else x for x in (q, k, v))
     causal = bool(call.integer("unidirectional", 0))
     out = _attend(call, q, k, v, call.value(5), causal, call.real("scale", 0.0))
@@ -139,9 +139,9 @@ def group_query_attention(call: Call) -> Result:
         k, v = call.tensor(1), call.tensor(2)
     q, k, v = _heads(q, heads), _heads(k, kv_heads), _heads(v, kv_heads)
     if call.integer("do_rotary", 0):
-        tables = call.tensor(7), call.tensor(8)
+        cos, sin = (call.tensor(i)[: q.shape[2]] for i in (7, 8))
         pairs = bool(call.integer("rotary_interleaved", 0))
-        q, k = (_rotate(x, *(t[: x.shape[2]] for t in tables), pairs) for x in (q, k))
+        q, k = (_rotate(x, cos, sin, pairs) for x in (q, k))
     window, mask = call.integer("local_window_size", -1), None
     if window > 0:
         places = torch.arange(q.shape[2], device=call.reader.device)
@@ -165,14 +165,12 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: 
     return made if rest is None else torch.cat((made, rest), -1)
 
 
-def _table_rows(call: Call, table: int, positions: Value, length: Size) -> torch.Tensor:
+def _table_rows(call: Call, table: int, positions: Value) -> torch.Tensor:
     if positions is None:
         return call.tensor(table)
     if not isinstance(positions, torch.Tensor):
         raise RefusalError("its positions are constants", "let the positions follow the tokens")
-    rows = positions.reshape(-1)
-    del length
-    return torch.embedding(call.tensor(table), rows)
+    return torch.embedding(call.tensor(table), positions.reshape(-1))
 
 
 @rule("RotaryEmbedding")
@@ -196,6 +194,6 @@ def _rotary(call: Call, cos: int, sin: int, positions: Value) -> Result:
         tables = call.tensor(cos).shape[-1] * 2
         heads = heads or x.shape[-1] // tables
         x = _heads(x, heads)
-    rows = (_table_rows(call, i, positions, x.shape[2]) for i in (cos, sin))
-    made = _rotate(x, *rows, bool(call.integer("interleaved", 0)))
+    cosines, sines = (_table_rows(call, i, positions) for i in (cos, sin))
+    made = _rotate(x, cosines, sines, bool(call.integer("interleaved", 0)))
     return _joined(made) if flat else made

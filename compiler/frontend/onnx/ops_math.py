@@ -89,12 +89,16 @@ def _elementwise(call: Call, on_numbers: Callable[[Any, Any], Any], on_tensors: 
         if left is not None and right is not None:
             return _on_sizes(left, right, on_numbers)
     first, second = uniform(a), uniform(b)
+    if on_numbers is operator.mul and isinstance(a if second is not None else b, Sizes):
+        zero = second if second is not None else first
+        if zero is not None and not zero.value:  # nothing of the length is left
+            return _filled(broadcast(shape_of(a), shape_of(b)), 0)
     if first is not None and second is not None and (isinstance(a, Filled) or isinstance(b, Filled)):
         return _filled(broadcast(first.shape, second.shape), on_numbers(first.value, second.value))
-    left, right = _one_side(call, 0, b), _one_side(call, 1, a)
-    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
-        left, right = (call.reader.trimmed(x, y.shape) for x, y in ((left, right), (right, left)))
-    return on_tensors(left, right)
+    x, y = _one_side(call, 0, b), _one_side(call, 1, a)
+    if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
+        x, y = call.reader.trimmed(x, y.shape), call.reader.trimmed(y, x.shape)
+    return on_tensors(x, y)
 
 
 def _on_sizes(
@@ -119,11 +123,15 @@ def _filled(shape: tuple[Size, ...], value: Any) -> Filled:
 
 def _one_side(call: Call, index: int, other: Value) -> torch.Tensor | Number:
     """An operand; a uniform tensor that adds no axis and no size to the other is a number."""
-    value = call.required(index)
-    beside = isinstance(value, Filled) and isinstance(other, torch.Tensor)
-    if beside and same_shape(broadcast(value.shape, other.shape), other.shape):
-        return value.value
-    return call.operand(index, rank_of(other))
+    number = _number_beside(call.required(index), other)
+    return call.operand(index, rank_of(other)) if number is None else number
+
+
+def _number_beside(value: Value, other: Value) -> Number | None:
+    """The one value of a uniform tensor that adds no axis and no size to `other`."""
+    if not isinstance(value, Filled) or not isinstance(other, torch.Tensor):
+        return None
+    return value.value if same_shape(broadcast(value.shape, other.shape), other.shape) else None
 
 
 def _tensors(function: Callable[[Any, Any], torch.Tensor]) -> Callable[[Any, Any], torch.Tensor]:
@@ -431,11 +439,8 @@ def where(call: Call) -> Result:
 
 
 def _branch(call: Call, index: int, rank: int, condition: Value) -> torch.Tensor | Number:
-    value = call.required(index)
-    beside = isinstance(value, Filled) and isinstance(condition, torch.Tensor)
-    if beside and same_shape(broadcast(value.shape, condition.shape), condition.shape):
-        return value.value
-    return call.operand(index, rank)
+    number = _number_beside(call.required(index), condition)
+    return call.operand(index, rank) if number is None else number
 
 
 def _where_sizes(condition: Value, yes: Value, no: Value) -> Value:

@@ -1,6 +1,6 @@
 """Quantised ONNX operators: weights stay int8 with a float32 scale per column, activations are not quantised.
 
-`DynamicQuantizeLinear`, `MatMulInteger`, `Cast` and `Mul`, as onnxruntime writes them, become one `typebar::int8_linear`.
+`DynamicQuantizeLinear`, `MatMulInteger`, `Cast` and `Mul`, as onnxruntime writes them, become `typebar::int8_linear`.
 The machine keeps activations in its operand format, which is finer than the 8 bits that the graph rounds them to.
 """
 
@@ -22,13 +22,13 @@ from typebar.compiler.frontend.onnx.values import (
 _TOOL = "quantise the weights with onnxruntime's quantize_dynamic, per tensor or per column"
 
 
-@torch.library.custom_op("typebar::int8_linear", mutates_args=())
+@torch.library.custom_op("typebar::int8_linear", mutates_args=())  # type: ignore[untyped-decorator]
 def _int8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x times an int8 weight [in, out], each column multiplied by its float32 scale [out]."""
     return torch.matmul(x, weight.to(x.dtype)) * scale
 
 
-@_int8_linear.register_fake
+@_int8_linear.register_fake  # type: ignore[untyped-decorator]
 def _(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[1]))
 
@@ -66,7 +66,7 @@ def _shifted(stored: np.ndarray, zero: np.ndarray, name: str) -> np.ndarray:
     values = stored.astype(np.int64) - zero
     if values.size and (values.min() < -128 or values.max() > 127):
         raise RefusalError(f"{name!r} less its zero point does not fit int8", _TOOL)
-    return values.astype(np.int8)
+    return np.asarray(values.astype(np.int8))
 
 
 def _shifted_range(call: Call, weight: Weight, zero: np.ndarray) -> None:

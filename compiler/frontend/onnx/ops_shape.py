@@ -99,10 +99,19 @@ def reshape(call: Call) -> Result:
     if not call.integer("allowzero", 0):
         target = tuple(source[i] if same(t, 0) and i < len(source) else t for i, t in enumerate(target))
     require_possible([t for t in target if not same(t, -1)])
-    if (swapped := _swapped_by_reshaping(call, target)) is not None:
+    general = call.reader.generalised(source, target)
+    if (swapped := _swapped_by_reshaping(call, general)) is not None:
         return swapped
-    wanted = call.reader.generalised(source, target)
+    wanted = _without_unknown(source, general)
     return _moving(call, lambda x: x if same_shape(x.shape, wanted) else x.reshape(wanted))
+
+
+def _without_unknown(source: Sequence[Size], target: Sequence[Size]) -> Sequence[Size]:
+    """The target, its -1 resolved where the shape does not change."""
+    pairs = list(zip(source, target, strict=False))
+    unknown = sum(same(t, -1) for t in target)
+    unchanged = len(source) == len(target) and unknown <= 1 and all(same(t, -1) or same(s, t) for s, t in pairs)
+    return source if unchanged else target
 
 
 def _swapped_by_reshaping(call: Call, target: Sequence[Size]) -> Value:
@@ -125,12 +134,15 @@ def _swapped_by_reshaping(call: Call, target: Sequence[Size]) -> Value:
 @rule("Flatten")
 def flatten(call: Call) -> Result:
     """Two axes: those before `axis` and those from it on."""
-    x, axis = call.tensor(0), call.integer("axis", 1)
-    axis = axis % x.ndim if axis < 0 else axis
-    rows: Size = 1
-    for s in x.shape[:axis]:
-        rows = rows * s
-    return x.reshape(rows, -1)
+    axis = call.integer("axis", 1)
+
+    def move(x: torch.Tensor) -> torch.Tensor:
+        rows: Size = 1
+        for s in x.shape[: axis % x.ndim if axis < 0 else axis]:
+            rows = rows * s
+        return x.reshape(rows, -1) if not same(rows, 0) else x.reshape(rows, 1)
+
+    return _moving(call, move)
 
 
 @rule("Transpose")
@@ -331,7 +343,7 @@ def gather(call: Call) -> Result:
         raise RefusalError("its indices are floating point", "index with whole numbers")
 
     def move(x: torch.Tensor) -> torch.Tensor:
-        if axis % x.ndim == 0 and x.ndim == 2:
+        if axis % x.ndim == 0 and x.ndim == 2 and x.is_floating_point():
             return torch.embedding(x, chosen)
         rows = x.index_select(axis, chosen.reshape(-1))
         place = axis % x.ndim

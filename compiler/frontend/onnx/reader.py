@@ -59,12 +59,13 @@ class GraphReader:
         self._weights: dict[str, Value] = {}
         self._makers: dict[str, Call] = {}
         self._norms: dict[int, Norm] = {}
+        self._origins: dict[int, Weight] = {}
         self.wanted: list[Weight] = []
 
     def run(self, given: dict[str, Value], length: Size, parameters: dict[str, torch.Tensor]) -> Value:
         """The wanted result; `given` are the graph's inputs, `parameters` the tensors registered so far."""
         self.problems, self.length, self.parameters = [], length, parameters
-        self._makers, self._norms = {}, {}
+        self._makers, self._norms, self._origins = {}, {}, {}
         self.wanted = []
         values: dict[str, Value] = dict(given)
         self._nodes(self.graph, values)
@@ -110,7 +111,7 @@ class GraphReader:
                 raise RefusalError(*_unknown(domain, operator))
             call = Call(node, inputs, self.opset, self)
             made = RULES[domain, operator](call)
-            results: Sequence[Value] = made if isinstance(made, list) else [made]  # type: ignore[list-item]
+            results: Sequence[Value] = made if isinstance(made, list) else [made]
             self._remember(call, results)
             return results
         except RefusalError as refusal:
@@ -195,7 +196,9 @@ class GraphReader:
         if found is None:
             self.wanted.append(weight)
             require_possible(weight.shape)
-            return torch.empty(weight.shape, dtype=weight.dtype, device=self.device)
+            found = torch.empty(weight.shape, dtype=weight.dtype, device=self.device)
+            self.parameters[weight.name] = found
+        self._origins[id(found)] = weight
         return found
 
     def values_of(self, weight: Weight) -> np.ndarray:
@@ -252,12 +255,18 @@ class GraphReader:
         """A constant of a graph of fixed length as the first tokens need it, beside a value of `shape`."""
         if self.static is None or self.length is None or isinstance(self.length, int):
             return x
-        while x.ndim > 2 and same(x.shape[0], 1) and len(shape) >= x.ndim and same(shape[-x.ndim], 1):
-            x = x.squeeze(0)
-        for axis in range(1, min(x.ndim, len(shape)) + 1):
-            size, other = x.shape[-axis], shape[-axis]
-            if isinstance(size, int) and size == self.static and not isinstance(other, int):
-                x = torch.ops.aten.slice.Tensor(x, x.ndim - axis, 0, self.length)
+        axes = [
+            -axis
+            for axis in range(1, min(x.ndim, len(shape)) + 1)
+            if same(x.shape[-axis], self.static) and not isinstance(shape[-axis], int)
+        ]
+        weight = self._origins.get(id(x))
+        if axes == [-2] and weight is not None and weight.shape[:-2] == (1,) and same(shape[-3], 1):
+            # A table of positions, which the exporter has looked up already, is a table again without its batch axis.
+            rows = self.derived(weight, "rows", weight.shape[1:], lambda: self.values_of(weight)[0], weight.dtype)
+            x = self.tensor_of(rows)
+        for axis in axes:
+            x = torch.ops.aten.slice.Tensor(x, x.ndim + axis, 0, self.length)
         return x
 
 
