@@ -21,9 +21,12 @@ from xdsl.dialects.builtin import (
     FloatAttr,
     IntegerAttr,
     IntegerType,
+    Signedness,
     StringAttr,
     TensorType,
     UnitAttr,
+    f64,
+    i64,
 )
 from xdsl.ir import Attribute, OpResult, SSAValue
 
@@ -43,6 +46,7 @@ def words(text: str) -> frozenset[str]:
 
 DTYPES: Mapping[torch.dtype, Attribute] = {
     torch.bool: IntegerType(1),
+    torch.int8: IntegerType(8, Signedness.SIGNED),
     torch.uint8: IntegerType(8),
     torch.int32: IntegerType(32),
     torch.int64: IntegerType(64),
@@ -62,14 +66,24 @@ SIZE_OPERATORS: Mapping[str, Callable[..., object]] = {
 SHAPE_ONLY = words("full_like ones_like zeros_like empty_like new_ones new_zeros new_full new_empty")
 """Operations that look at their first operand's shape and type, never at its values."""
 
-_EVALUATED = SHAPE_ONLY | words(
-    """abs add alias all amax amin and any arange bitwise_and bitwise_not bitwise_or cat chunk clamp clamp_max
-    clamp_min clone contiguous cos cumsum detach diff div embedding eq erf exp expand expand_as fill flip floor
-    floor_divide full gather ge gelu gt hardtanh index index_select le lift_fresh_copy log logical_and
-    logical_not logical_or lt masked_fill maximum minimum mul narrow ne neg ones or permute pow reciprocal relu
-    remainder repeat reshape round rsqrt rsub scalar_tensor select sigmoid sign silu sin slice split
-    split_with_sizes sqrt squeeze stack sub sum t tanh to _to_copy transpose tril triu type_as unbind unflatten
-    unsqueeze view where zeros __and__ __or__ __xor__"""
+MOVES = words(
+    """cat chunk concat contiguous expand expand_as flatten index_select movedim narrow numpy_T permute repeat
+    repeat_interleave reshape select slice split split_with_sizes squeeze stack swapaxes t tile transpose unbind
+    unflatten unsqueeze view view_as _unsafe_view"""
+)
+"""Operations whose results hold elements of their operands, each perhaps more than once, and nothing else."""
+
+_EVALUATED = (
+    SHAPE_ONLY
+    | MOVES
+    | words(
+        """abs add alias all amax amin and any arange bitwise_and bitwise_not bitwise_or clamp clamp_max clamp_min clone
+        cos cumsum detach detach_ diff div embedding eq erf exp fill flip floor floor_divide full gather ge gelu gt
+        hardtanh index le lift_fresh_copy log log2 logical_and logical_not logical_or lt masked_fill max maximum mean
+        min minimum mul ne neg ones or outer pow reciprocal relu remainder round rsqrt rsub scalar_tensor sigmoid sign
+        silu sin softplus sqrt square sub sum tanh to _to_copy tril triu type_as var where zeros __and__ __or__
+        __xor__"""
+    )
 )
 
 
@@ -91,6 +105,41 @@ def arguments(op: ir.AtenOp) -> list[object]:
 def keywords(op: ir.AtenOp) -> dict[str, object]:
     """The call's keyword arguments, decoded like `arguments`."""
     return {k: _decode(a, op) for k, a in op.kwargs.data.items()} if op.kwargs is not None else {}
+
+
+def aten_op(target: str, args: Sequence[object], type: Attribute | None = None) -> ir.AtenOp:
+    """A new `tb.aten` of one result; its type is worked out if it is left out, which needs operands of fixed sizes."""
+    inputs: list[SSAValue] = []
+    encoded = [_encode(a, inputs) for a in args]
+    if type is None:
+        types = {attribute: dtype for dtype, attribute in DTYPES.items()}
+        concrete = [
+            torch.empty(shape_of(a), dtype=types[a.type.element_type], device="meta")
+            if isinstance(a, SSAValue) and isinstance(a.type, TensorType)
+            else a
+            for a in args
+        ]
+        _, name, overload = target.split(".")
+        made = getattr(getattr(torch.ops.aten, name), overload)(*concrete)
+        type = TensorType(DTYPES[made.dtype], list(made.shape))
+    return ir.AtenOp(target, inputs, encoded, {}, [type])
+
+
+def _encode(argument: object, inputs: list[SSAValue]) -> Attribute:
+    match argument:
+        case SSAValue():
+            if argument not in inputs:
+                inputs.append(argument)
+            return ir.operand_reference(inputs.index(argument))
+        case list():
+            return ArrayAttr([_encode(a, inputs) for a in argument])
+        case bool():
+            return IntegerAttr.from_bool(argument)
+        case int():
+            return IntegerAttr(argument, i64)
+        case float():
+            return FloatAttr(argument, f64)
+    return StringAttr(str(argument))
 
 
 def named(op: ir.AtenOp, *names: str) -> dict[str, object]:
@@ -210,8 +259,23 @@ class Evaluator:
             made = self._call(op)
             results = made if isinstance(made, list | tuple) else [made]
             self._values.update(zip(op.outs, results, strict=True))
+        elif isinstance(op, ir.EmbeddingOp | ir.AddOp | ir.MulOp | ir.ScaleOp):
+            self._values[value] = self._recognised(op)
         else:
             raise NotEvaluable(f"{op.name} is not computed from positions alone")
+
+    def _recognised(self, op: ir.EmbeddingOp | ir.AddOp | ir.MulOp | ir.ScaleOp) -> torch.Tensor:
+        first, *others = (self._values[v] for v in op.operands)
+        assert isinstance(first, torch.Tensor)
+        if isinstance(op, ir.EmbeddingOp):
+            name = ir.text(op.weight)
+            if self.lookup is None:
+                raise NotEvaluable(f"it needs the values of {name}, which are not at hand")
+            return torch.from_numpy(np.array(self.lookup(name)))[first + op.offset.value.data]
+        if isinstance(op, ir.ScaleOp):
+            return first * op.value.value.data
+        assert isinstance(others[0], torch.Tensor)
+        return first + others[0] if isinstance(op, ir.AddOp) else first * others[0]
 
     def _call(self, op: ir.AtenOp) -> object:
         target, name = op.target.data, base_name(op)

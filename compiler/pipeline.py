@@ -19,8 +19,9 @@ from typebar.compiler.passes.classify_masks import ClassifyMasks, classify
 from typebar.compiler.passes.fuse import FusePass
 from typebar.compiler.passes.make_incremental import MakeIncremental, make_incremental
 from typebar.compiler.passes.partition import PartitionPass
-from typebar.compiler.passes.recognise import Recognise
+from typebar.compiler.passes.recognise import Recognise, recognise
 from typebar.compiler.passes.reroll import Reroll
+from typebar.compiler.passes.tensors import Tensors
 from typebar.compiler.problems import LoweringError
 from typebar.compiler.verify import verify
 from typebar.isa.errors import TypebarError
@@ -107,13 +108,16 @@ def lower(module: ModuleOp, lookup: Lookup | None = None, define: Define | None 
     Raises LoweringError with everything that cannot be lowered: masks, positions and operations in one list.
     """
     context = ir.context()
-    for early in (Canonicalise(), Recognise()):
-        early.apply(context, module)
-        if check:
-            verify(module)
-    problems = classify(module, lookup)
+    tensors = Tensors(lookup, define)
+    Canonicalise().apply(context, module)
+    if check:
+        verify(module)
+    recognise(module, tensors)
+    if check:
+        verify(module)
+    problems = classify(module, tensors)
     refused = {p.node for p in problems}
-    problems += [p for p in make_incremental(module) if p.node not in refused]
+    problems += [p for p in make_incremental(module, tensors) if p.node not in refused]
     if problems:
         raise LoweringError(problems)
     if check:

@@ -14,7 +14,7 @@ from xdsl.traits import is_side_effect_free
 from typebar.compiler import ir
 from typebar.compiler.aten import arguments, base_name, keywords, words
 
-_COPIES = words("alias clone contiguous detach lift_fresh_copy")
+_COPIES = words("alias clone contiguous detach detach_ lift_fresh_copy")
 _SAME_IF_TYPE_IS = words(
     "expand expand_as flatten narrow reshape slice squeeze to type_as unflatten unsqueeze view _to_copy _unsafe_view"
 )
@@ -45,6 +45,8 @@ def _identity_of(op: ir.AtenOp) -> SSAValue | None:
     if not op.target.data.startswith("aten."):
         return None
     if name in _COPIES and source.type == op.outs[0].type:
+        return source
+    if name in ("mul", "div") and len(op.inputs) == 1 and arguments(op)[1:] == [1] and source.type == op.outs[0].type:
         return source
     if name == "dropout":
         return source if not _dropping(op) else None

@@ -14,7 +14,6 @@ from xdsl.rewriter import Rewriter
 from typebar.compiler import ir
 from typebar.compiler.aten import (
     Evaluator,
-    Lookup,
     NotEvaluable,
     arguments,
     base_name,
@@ -25,6 +24,7 @@ from typebar.compiler.aten import (
 )
 from typebar.compiler.passes.attention import MASKED
 from typebar.compiler.passes.canonicalise import erase_unused, merge_equal
+from typebar.compiler.passes.tensors import Tensors
 from typebar.compiler.problems import LoweringError, Problem, keep_name, node_name
 
 LONGEST = 8192
@@ -38,17 +38,17 @@ class ClassifyMasks(ModulePass):
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         """Rewrite in place; raises LoweringError naming every mask and position that is no known kind."""
-        problems = classify(op, None)
+        problems = classify(op, Tensors())
         if problems:
             raise LoweringError(problems)
 
 
-def classify(module: ModuleOp, lookup: Lookup | None) -> list[Problem]:
-    """Classify in place and return what could not be; `lookup` gives the values of buffers that masks are made from."""
+def classify(module: ModuleOp, tensors: Tensors) -> list[Problem]:
+    """Classify in place and return what could not be; `tensors` give the values of what masks are made from."""
     problems: list[Problem] = []
     for graph in module.body.block.ops:
         if isinstance(graph, ir.GraphOp):
-            problems += _Classifier(graph, lookup).run()
+            problems += _Classifier(graph, tensors).run()
     return problems
 
 
@@ -62,12 +62,12 @@ class _Kind:
 
 
 class _Classifier:
-    def __init__(self, graph: ir.GraphOp, lookup: Lookup | None) -> None:
-        self.graph = graph
+    def __init__(self, graph: ir.GraphOp, tensors: Tensors) -> None:
+        self.graph, self.tensors = graph, tensors
         self.context = graph.context.value.data
         lengths = {1, 2, 3, self.context // 2, self.context}
         self.lengths = sorted(n for n in lengths if 0 < n <= self.context)
-        self.evaluators = {n: Evaluator(n, lookup) for n in self.lengths}
+        self.evaluators = {n: Evaluator(n, tensors.lookup) for n in self.lengths}
         self.masks: dict[SSAValue, _Kind] = {}
         self.known: dict[SSAValue, bool] = {}
         self.problems: list[Problem] = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from xdsl.context import Context
 from xdsl.dialects.builtin import DYNAMIC_INDEX, Float32Type, ModuleOp, TensorType
@@ -15,6 +17,8 @@ from typebar.compiler.aten import arguments, base_name, depends_on_tokens, keywo
 from typebar.compiler.passes.activations import recognise_activations
 from typebar.compiler.passes.attention import fused_attention, recognise_attention
 from typebar.compiler.passes.canonicalise import erase_unused
+from typebar.compiler.passes.norms import recognise_norms
+from typebar.compiler.passes.tensors import Tensors
 from typebar.compiler.problems import keep_name
 
 
@@ -25,17 +29,68 @@ class Recognise(ModulePass):
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         """Rewrite every graph in place."""
-        for graph in op.body.block.ops:
-            if isinstance(graph, ir.GraphOp):
-                block = graph.body.block
-                computed = computed_values(block)
-                recognise_activations(block, computed)
-                recognise_attention(block, computed)
-                for inner in list(block.ops):
-                    if isinstance(inner, ir.AtenOp) and len(inner.outs) == 1 and inner.outs[0] in computed:
-                        _rewrite(inner)
-                _fold_biases(block)
-                erase_unused(block)
+        recognise(op, Tensors())
+
+
+def recognise(module: ModuleOp, tensors: Tensors) -> None:
+    """Rewrite every graph in place; `tensors` gives constants their values and derived tensors their names."""
+    for graph in module.body.block.ops:
+        if isinstance(graph, ir.GraphOp):
+            block = graph.body.block
+            computed = computed_values(block)
+            recognise_activations(block, computed)
+            recognise_attention(block, computed)
+            recognise_norms(block, computed)
+            fold_constants(block, computed, tensors)
+            scope = _Scope(computed, tensors)
+            for inner in list(block.ops):
+                if isinstance(inner, ir.AtenOp) and len(inner.outs) == 1 and inner.outs[0] in computed:
+                    _rewrite(inner, scope)
+            _fold_biases(block)
+            _fold_norm_weights(block)
+            if graph.encoder:
+                _note_rows(block)
+            erase_unused(block)
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """What rules know besides the operation: the model's float values, and its tensors."""
+
+    computed: set[SSAValue]
+    tensors: Tensors
+
+
+def fold_constants(block: Block, computed: set[SSAValue], tensors: Tensors) -> None:
+    """What is computed from parameters alone, and used by the model proper, becomes a parameter by a derived name.
+
+    A matrix's transpose stays, for linear layers to read in its layout; so do single numbers.
+    """
+    folded: dict[SSAValue, SSAValue] = {}
+    for op in list(block.ops):
+        if not isinstance(op, ir.AtenOp) or not any(r in computed for r in op.results):
+            continue
+        for value in dict.fromkeys(op.operands):
+            if value in computed or parameter(value) is not None or not tensors.constant(value):
+                continue
+            type = value.type
+            assert isinstance(type, TensorType)
+            if math.prod(type.get_shape()) == 1 or not isinstance(type.element_type, Float32Type) or _weight(value):
+                continue
+            if value not in folded:
+                made = ir.ParameterOp(tensors.name(value), type)
+                assert isinstance(value.owner, Operation)
+                block.insert_op_after(made, value.owner)
+                folded[value] = made.out
+            op.operands = [folded[value] if v is value else v for v in op.operands]
+
+
+def _note_rows(block: Block) -> None:
+    """Remember how many rows the tables of token embeddings have, before the tables are gone."""
+    rows = {ir.text(op.source): shape_of(op.out)[0] for op in block.ops if isinstance(op, ir.ParameterOp)}
+    for op in block.ops:
+        if isinstance(op, ir.EmbeddingOp) and ir.text(op.weight) in rows:
+            op.attributes["rows"] = ir.number(rows[ir.text(op.weight)])
 
 
 def computed_values(block: Block) -> set[SSAValue]:
@@ -58,20 +113,23 @@ def computed_values(block: Block) -> set[SSAValue]:
 
 
 def _takes_rows(op: ir.AtenOp) -> bool:
-    """Whether the operation takes rows of a table: by index, or as many from one place on as there are tokens."""
-    if base_name(op) == "embedding":
-        return True
+    """Whether the operation takes rows of a table: by index, or as many from one place on as there are tokens.
+
+    A table read by pairs of positions has two axes without a size: it is a bias of scores.
+    """
     rows = shape_of(op.outs[0])
+    if base_name(op) == "embedding":
+        return rows.count(DYNAMIC_INDEX) == 1
     table = base_name(op) == "slice" and parameter(op.inputs[0]) is not None
     return table and len(rows) == 2 and rows[0] == DYNAMIC_INDEX
 
 
-def _rewrite(op: ir.AtenOp) -> None:
+def _rewrite(op: ir.AtenOp, scope: _Scope) -> None:
     rule = _RULES.get(op.target.data)
     shape = shape_of(op.outs[0])
     if not shape or shape[-1] == DYNAMIC_INDEX:  # no vector for each token, whatever it is
         return
-    new = rule(op) if rule is not None else None
+    new = rule(op, scope) if rule is not None else None
     if new is None:
         return
     keep_name(new, op)
@@ -80,13 +138,16 @@ def _rewrite(op: ir.AtenOp) -> None:
     assert block is not None
     block.insert_op_before(new, op)
     op.outs[0].replace_all_uses_with(new.results[0])
+    scope.computed.add(new.results[0])
     Rewriter.erase_op(op)
 
 
-def _layer_norm(op: ir.AtenOp) -> Operation | None:
+def _layer_norm(op: ir.AtenOp, scope: _Scope) -> Operation | None:
     args = named(op, "x", "sizes", "weight", "bias", "eps", "cudnn")
     x, weight, bias, eps = args["x"], parameter(args.get("weight")), args.get("bias"), args.get("eps", 1e-5)
-    if not isinstance(x, SSAValue) or args["sizes"] != [shape_of(x)[-1]] or weight is None:
+    if not isinstance(x, SSAValue) or args["sizes"] != [shape_of(x)[-1]]:
+        return None
+    if args.get("weight") is not None and weight is None:
         return None
     if (bias is not None and parameter(bias) is None) or not isinstance(eps, float):
         return None
@@ -118,22 +179,22 @@ def _linear_op(op: ir.AtenOp, x: object, weight: object, bias: object, stored_ou
     return ir.LinearOp(x, name, parameter(bias), ir.LAYOUTS[stored_out_in != transposed], op.outs[0].type)
 
 
-def _linear(op: ir.AtenOp) -> Operation | None:
+def _linear(op: ir.AtenOp, scope: _Scope) -> Operation | None:
     args = named(op, "x", "weight", "bias")
     return _linear_op(op, args["x"], args["weight"], args.get("bias"), True)
 
 
-def _matmul(op: ir.AtenOp) -> Operation | None:
+def _matmul(op: ir.AtenOp, scope: _Scope) -> Operation | None:
     x, weight = arguments(op)
     return _linear_op(op, x, weight, None, False)
 
 
-def _addmm(op: ir.AtenOp) -> Operation | None:
+def _addmm(op: ir.AtenOp, scope: _Scope) -> Operation | None:
     bias, x, weight = arguments(op)
     return _linear_op(op, x, weight, bias, False) if not keywords(op) else None
 
 
-def _embedding(op: ir.AtenOp) -> Operation | None:
+def _embedding(op: ir.AtenOp, scope: _Scope) -> Operation | None:
     table, index = arguments(op)[:2]
     name = parameter(table)
     if name is None or not isinstance(index, SSAValue) or not depends_on_tokens(index, {}):
@@ -141,12 +202,15 @@ def _embedding(op: ir.AtenOp) -> Operation | None:
     return ir.EmbeddingOp(index, name, op.outs[0].type)
 
 
-def _binary(make: Callable[[SSAValue, SSAValue, TensorType], Operation]) -> Callable[[ir.AtenOp], Operation | None]:
-    def rule(op: ir.AtenOp) -> Operation | None:
+_Rule = Callable[[ir.AtenOp, _Scope], Operation | None]
+
+
+def _binary(make: Callable[[SSAValue, SSAValue, TensorType], Operation]) -> _Rule:
+    def rule(op: ir.AtenOp, scope: _Scope) -> Operation | None:
         lhs, rhs = arguments(op)[:2]
         if keywords(op) or not isinstance(lhs, SSAValue) or not isinstance(rhs, SSAValue):
             return None
-        if parameter(lhs) is not None or parameter(rhs) is not None or not _vectors(lhs, rhs):
+        if lhs not in scope.computed or rhs not in scope.computed or not _vectors(lhs, rhs):
             return None
         type = op.outs[0].type
         assert isinstance(type, TensorType)
@@ -168,29 +232,29 @@ def _vectors(*values: SSAValue) -> bool:
     return all(s == shapes[0] and DYNAMIC_INDEX in s for s in shapes)
 
 
-def _mul(op: ir.AtenOp) -> Operation | None:
-    if (norm := _rms_norm(op)) is not None:
-        return norm
+def _mul(op: ir.AtenOp, scope: _Scope) -> Operation | None:
     x, factor = arguments(op)[:2]
-    if isinstance(factor, SSAValue) and not isinstance(x, SSAValue):
+    if not isinstance(x, SSAValue) or x not in scope.computed:
         x, factor = factor, x
-    if isinstance(x, SSAValue) and isinstance(factor, int | float):
-        return ir.ScaleOp(x, factor)
-    return _binary(ir.MulOp)(op)
+    value = scope.tensors.scalar(factor)
+    if isinstance(x, SSAValue) and value is not None and x.type == op.outs[0].type:
+        return ir.ScaleOp(x, value)
+    return _binary(ir.MulOp)(op, scope)
 
 
-def _div(op: ir.AtenOp) -> Operation | None:
+def _div(op: ir.AtenOp, scope: _Scope) -> Operation | None:
     x, divisor = arguments(op)[:2]
-    if keywords(op) or not isinstance(x, SSAValue) or not isinstance(divisor, int | float) or not divisor:
+    value = scope.tensors.scalar(divisor)
+    if keywords(op) or not isinstance(x, SSAValue) or not value or x.type != op.outs[0].type:
         return None
-    return ir.ScaleOp(x, 1 / divisor)
+    return ir.ScaleOp(x, 1 / value)
 
 
-def _neg(op: ir.AtenOp) -> Operation | None:
+def _neg(op: ir.AtenOp, scope: _Scope) -> Operation | None:
     return ir.ScaleOp(op.inputs[0], -1.0)
 
 
-def _activation(op: ir.AtenOp) -> Operation | None:
+def _activation(op: ir.AtenOp, scope: _Scope) -> Operation | None:
     """What is left of the activations: those whose operand is itself an element-wise function."""
     kind = base_name(op)
     if kind == "gelu":
@@ -198,43 +262,21 @@ def _activation(op: ir.AtenOp) -> Operation | None:
     return ir.ActivationOp(op.inputs[0], kind)
 
 
-def _rms_norm(op: ir.AtenOp) -> Operation | None:
-    """weight * (x * rsqrt(mean(x ** 2, -1) + eps)), the factors of either product in either order."""
-    for weight, normed in (tuple(op.inputs), tuple(op.inputs)[::-1]) if len(op.inputs) == 2 else ():
-        name, product = parameter(weight), normed.owner
-        if name is None or not isinstance(product, ir.AtenOp) or product.target.data != "aten.mul.Tensor":
-            continue
-        for x, root in (tuple(product.inputs), tuple(product.inputs)[::-1]) if len(product.inputs) == 2 else ():
-            eps = _eps_of_mean_square(root, x)
-            if eps is not None and shape_of(weight) == shape_of(x)[-1:]:
-                return ir.RmsNormOp(x, name, eps)
-    return None
-
-
-def _eps_of_mean_square(root: SSAValue, x: SSAValue) -> float | None:
-    """eps, if `root` is rsqrt(mean(x ** 2 over the last axis) + eps)."""
-    chain = []
-    for target in ("aten.rsqrt.default", "aten.add.Tensor", "aten.mean.dim", "aten.pow.Tensor_Scalar"):
-        op = root.owner
-        if not isinstance(op, ir.AtenOp) or op.target.data != target:
-            return None
-        chain.append(op)
-        root = op.inputs[0]
-    eps, axes = arguments(chain[1])[1], arguments(chain[2])[1]
-    if root is not x or arguments(chain[3])[1] != 2 or axes not in ([-1], [len(shape_of(x)) - 1]):
-        return None
-    return eps if isinstance(eps, float) else None
-
-
-def _fused_rms_norm(op: ir.AtenOp) -> Operation | None:
+def _fused_rms_norm(op: ir.AtenOp, scope: _Scope) -> Operation | None:
     args = named(op, "x", "sizes", "weight", "eps")
     x, weight, eps = args["x"], parameter(args.get("weight")), args.get("eps")
-    if not isinstance(x, SSAValue) or weight is None or args["sizes"] != [shape_of(x)[-1]]:
+    if not isinstance(x, SSAValue) or args["sizes"] != [shape_of(x)[-1]]:
+        return None
+    if args.get("weight") is not None and weight is None:
         return None
     return ir.RmsNormOp(x, weight, eps if isinstance(eps, float) else 2.0**-23)  # torch's default: float32's eps
 
 
-_RULES: dict[str, Callable[[ir.AtenOp], Operation | None]] = {
+def _sdpa(op: ir.AtenOp, scope: _Scope) -> Operation | None:
+    return fused_attention(op)
+
+
+_RULES: dict[str, _Rule] = {
     "aten.layer_norm.default": _layer_norm,
     "aten.rms_norm.default": _fused_rms_norm,
     "aten.linear.default": _linear,
@@ -248,7 +290,7 @@ _RULES: dict[str, Callable[[ir.AtenOp], Operation | None]] = {
     "aten.div.Tensor": _div,
     "aten.neg.default": _neg,
     **dict.fromkeys((f"aten.{name}.default" for name in ("gelu", "relu", "sigmoid", "silu", "tanh")), _activation),
-    "aten.scaled_dot_product_attention.default": fused_attention,
+    "aten.scaled_dot_product_attention.default": _sdpa,
 }
 
 
@@ -265,5 +307,26 @@ def _fold_biases(block: Block) -> None:
                 continue
             linear.properties["bias"] = ir.symbol(name)
             op.outs[0].replace_all_uses_with(x)
+            Rewriter.erase_op(op)
+            break
+
+
+def _fold_norm_weights(block: Block) -> None:
+    """A parameter that multiplies a norm without a weight becomes its weight; one added after that, its bias."""
+    for op in list(block.ops):
+        name = base_name(op) if isinstance(op, ir.AtenOp) else ""
+        if name not in ("mul", "add") or len(op.operands) != 2 or keywords(op):  # type: ignore[arg-type]
+            continue
+        for x, factor in (tuple(op.operands), tuple(op.operands)[::-1]):
+            norm, source = x.owner, parameter(factor)
+            if not isinstance(norm, ir.RmsNormOp | ir.LayerNormOp) or source is None or not x.has_one_use():
+                continue
+            place = "weight" if name == "mul" else "bias"
+            fits = name == "mul" or (isinstance(norm, ir.LayerNormOp) and norm.weight is not None)
+            taken = norm.properties.get(place) is not None or norm.properties.get("bias") is not None
+            if not fits or taken or shape_of(factor) != shape_of(x)[-1:] or op.results[0].type != x.type:
+                continue
+            norm.properties[place] = ir.symbol(source)
+            op.results[0].replace_all_uses_with(x)
             Rewriter.erase_op(op)
             break

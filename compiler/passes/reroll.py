@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from xdsl.context import Context
 from xdsl.dialects.builtin import ModuleOp, SymbolRefAttr
-from xdsl.ir import Block, Operation, OpResult, Region, SSAValue
+from xdsl.ir import Block, BlockArgument, Operation, OpResult, Region, SSAValue
 from xdsl.passes import ModulePass
 from xdsl.rewriter import Rewriter
 
@@ -19,14 +19,15 @@ _TRIED = 32
 
 
 class Reroll(ModulePass):
-    """Find runs of layers that differ only in one number of their weights' names, the layer's, and loop over them."""
+    """Find runs of layers, or of groups of layers, that differ only in their numbers in their weights' names, and loop
+    over them."""
 
     name = "reroll"
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         """Rewrite every step in place."""
         for step in op.body.block.ops:
-            if isinstance(step, ir.StepOp):
+            if isinstance(step, ir.StepOp | ir.EncoderOp):
                 while (loop := _find(step.body.block)) is not None:
                     _rewrite(step.body.block, loop)
 
@@ -34,6 +35,9 @@ class Reroll(ModulePass):
 @dataclass
 class _Loop:
     """`count` layers of `period` operations from operation `first`; the carried values in the order of their slots.
+
+    From one layer to the next the numbers in names go up by `step`: by one, or by as many layers of the source as
+    make one of the loop.
 
     A slot is (number in the layer of the operation that yields it, or None for a value that no layer changes; the
     result's number; the value that the first layer receives).
@@ -44,6 +48,7 @@ class _Loop:
     period: int
     count: int
     start: int = 0
+    step: int = 1
     slots: list[tuple[int | None, int, SSAValue]] = field(default_factory=list)
 
     @property
@@ -66,7 +71,7 @@ def _find(block: Block) -> _Loop | None:
         found = []
         for shift in range(min(period, length - period + 1)):
             loop = _Loop(ops, first + shift, period, (length - shift) // period + 1)
-            if any(isinstance(op, ir.AttentionOp) for op in loop.layer(0)) and _fits(loop, index):
+            if any(isinstance(op, ir.AttentionOp | ir.CrossAttentionOp) for op in loop.layer(0)) and _fits(loop, index):
                 found.append(loop)
         if found:
             return min(found, key=lambda loop: (-loop.count, len(loop.slots), loop.first))
@@ -99,10 +104,14 @@ def _runs(signatures: Sequence[int]) -> Iterator[tuple[int, int, int]]:
 
 def _fits(loop: _Loop, index: dict[Operation, int]) -> bool:
     """Whether names and operands allow the loop; fills in its start and slots."""
-    starts = {s for j in range(loop.period) for s in _starts([loop.layer(k)[j] for k in range(loop.count)])}
-    if None in starts or len(starts) > 1:
+    found = {s for j in range(loop.period) for s in _counts([loop.layer(k)[j] for k in range(loop.count)])}
+    counts = [c for c in found if c is not None]
+    if len(counts) != len(found) or len({step for _, step in counts}) > 1:
         return False
-    loop.start = next(iter(starts), 0) or 0
+    starts, loop.step = [first for first, _ in counts] or [0], counts[0][1] if counts else 1
+    if max(starts) - min(starts) >= loop.step:
+        return False
+    loop.start = starts[0] if loop.step == 1 else 0
     for j in range(loop.period):
         for position in range(len(loop.layer(0)[j].operands)):
             if not _add_slot(loop, index, j, position):
@@ -110,14 +119,15 @@ def _fits(loop: _Loop, index: dict[Operation, int]) -> bool:
     return _results_are_carried(loop, index)
 
 
-def _starts(ops: Sequence[Operation]) -> Iterator[int | None]:
-    """The first layer's number, for every symbol that numbers the layers; None for one that numbers them otherwise."""
+def _counts(ops: Sequence[Operation]) -> Iterator[tuple[int, int] | None]:
+    """First number and step, for every symbol that numbers the layers; None for one that numbers them otherwise."""
     for name, attribute in ops[0].properties.items():
         if not isinstance(attribute, SymbolRefAttr):
             continue
         texts = [_text(op, name) for op in ops]
         if len(set(texts)) > 1:
-            yield _numbered(texts)[1] if _numbered(texts) is not None else None  # type: ignore[index]
+            numbered = _numbered(texts)
+            yield numbered[1:] if numbered is not None else None
 
 
 def _text(op: Operation, name: str) -> str:
@@ -126,18 +136,26 @@ def _text(op: Operation, name: str) -> str:
     return ir.text(attribute)
 
 
-def _numbered(texts: Sequence[str]) -> tuple[str, int] | None:
-    """The template and the first number of names that count upwards by one in one place; None for others."""
+def _numbered(texts: Sequence[str]) -> tuple[str, int, int] | None:
+    """The template, the first number and the step of names that count evenly upwards; None for others.
+
+    The number may stand in several places of a name, if it is the same in all of them.
+    """
     rows = [_NUMBER.findall(text) for text in texts]
     varying = [i for i in range(len(rows[0])) if len({row[i] for row in rows}) > 1]
-    if len(varying) != 1 or ir.LAYER in texts[0]:
+    if not varying or "{" in texts[0] or any(len({row[i] for i in varying}) > 1 for row in rows):
         return None
-    place = varying[0]
-    first = int(rows[0][place])
-    if any(row[place] != str(first + k) for k, row in enumerate(rows)):
+    numbers = [row[varying[0]] for row in rows]
+    first = int(numbers[0])
+    step = int(numbers[1]) - first
+    if step < 1 or any(number != str(first + k * step) for k, number in enumerate(numbers)):
         return None
-    match = list(_NUMBER.finditer(texts[0]))[place]
-    return texts[0][: match.start()] + ir.LAYER + texts[0][match.end() :], first
+    layer = ir.LAYER if step == 1 else f"{{{step}:{first}}}"
+    template, end = "", 0
+    for place, match in enumerate(_NUMBER.finditer(texts[0])):
+        template += texts[0][end : match.start()] + (layer if place in varying else match.group())
+        end = match.end()
+    return template + texts[0][end:], first, step
 
 
 def _place(value: SSAValue, index: dict[Operation, int]) -> tuple[int, int]:
@@ -148,6 +166,8 @@ def _place(value: SSAValue, index: dict[Operation, int]) -> tuple[int, int]:
 def _add_slot(loop: _Loop, index: dict[Operation, int], j: int, position: int) -> bool:
     """Check one operand of operation j over all layers; an operand from outside its layer takes a slot."""
     values = [loop.layer(k)[j].operands[position] for k in range(loop.count)]
+    if isinstance(values[0], BlockArgument) and len(set(values)) == 1:  # the loop's body sees the step's arguments
+        return True
     places = [_place(v, index) for v in values]
     begins = [loop.first + k * loop.period for k in range(loop.count)]
     inside = [begin <= place < begin + loop.period for begin, (place, _) in zip(begins, places, strict=True)]
@@ -220,8 +240,8 @@ def _rewrite(block: Block, loop: _Loop) -> None:
 def _operand(loop: _Loop, body: Block, mapping: dict[SSAValue, SSAValue], j: int, position: int) -> SSAValue:
     """What stands for operand `position` of the first layer's operation j inside the loop."""
     value = loop.layer(0)[j].operands[position]
-    if value in mapping:
-        return mapping[value]
+    if value in mapping or isinstance(value, BlockArgument):
+        return mapping.get(value, value)
     later = loop.layer(1)[j].operands[position]
     for n, (source, result, init) in enumerate(loop.slots):
         if init is value and (later is value if source is None else later is loop.layer(0)[source].results[result]):

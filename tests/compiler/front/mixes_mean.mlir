@@ -10,4 +10,4 @@ builtin.module {
   }
 }
 // -----
-// error: 2 operations cannot be lowered: mean: aten.mean.dim has no counterpart
+// error: 1 operation cannot be lowered: mean: aten.mean.dim has no counterpart
