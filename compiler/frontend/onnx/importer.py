@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from onnx import defs
 
-from typebar.compiler.frontend.onnx.files import OnnxFile, read_file
-from typebar.compiler.frontend.onnx.graph import Graph, ProblemsError, inlined, read_names, structure
-from typebar.compiler.frontend.onnx.inputs import Inputs, find_inputs, find_output
-from typebar.compiler.frontend.onnx.labels import labels
-from typebar.compiler.frontend.onnx.reader import GraphReader
-from typebar.compiler.frontend.onnx.values import Weight, show
-from typebar.compiler.frontend.torch_import import Exported, export
+from typebar.compiler.frontend.assembly import FrontendModel, assemble, memory_width
+from typebar.compiler.frontend.facts import facts_beside, facts_of, length_of, read_json
+from typebar.compiler.frontend.onnx.module import OnnxModule
+from typebar.compiler.frontend.onnx.values import Weight
+from typebar.compiler.frontend.torch_import import Exported
 from typebar.compiler.frontend.weights import WeightSource
-from typebar.compiler.problems import LoweringError
 from typebar.isa.errors import TypebarError
 
-_ROUNDS = 8
-_REHEARSED = ((7, 5), (11, 13))
-_OLDEST = 7
+DEFAULT_CONTEXT = 512
+"""The context of a decoder without a table of positions of which nothing says how long its texts may be."""
+
+_ENDINGS = ("", "_quantized", "_int8", "_fp16")
+_PAIRS = [
+    (f"{encoder}{ending}.onnx", f"{decoder}{ending}.onnx")
+    for ending in _ENDINGS
+    for encoder, decoder in (("encoder_model", "decoder_model"), ("encoder", "decoder"))
+] + [("encoder_model.onnx", "decoder_model_merged.onnx")]
+_SINGLE = [
+    f"{name}{ending}.onnx"
+    for ending in _ENDINGS
+    for name in ("model", "decoder_model", "decoder_model_merged", "decoder")
+]
+
+OnnxPaths = Path | tuple[Path, Path]
+"""A decoder's file, or an encoder's and a decoder's."""
 
 
 class OnnxSource(WeightSource):
     """The parameters of one or two ONNX graphs, read from their files or computed when they are loaded."""
 
-    def __init__(self, modules: Mapping[str, OnnxModule]) -> None:
-        """Take the graphs' parameters; the keys are put before their names."""
+    def __init__(self, modules: Sequence[tuple[OnnxModule, Mapping[str, str]]]) -> None:
+        """Take the parameters of each graph, by their names or by those that go in their place."""
         self._places: dict[str, tuple[OnnxModule, Weight]] = {}
-        for prefix, module in modules.items():
-            self._places.update({prefix + n: (module, w) for n, w in module.named_weights().items()})
+        for module, names in modules:
+            self._places.update({names.get(n, n): (module, w) for n, w in module.named_weights().items()})
 
     def names(self) -> list[str]:
         """Every parameter's name."""
@@ -55,122 +65,81 @@ class OnnxSource(WeightSource):
         return self._places[name]
 
 
-class OnnxModule(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
-    """A graph as a module of token ids [1, T] and perhaps a memory [1, S, D]; parameters have no values here.
+def find_onnx(directory: Path) -> OnnxPaths | None:
+    """The ONNX files of a directory, or of its folder `onnx`, by their usual names; None if there are none."""
+    for folder in (directory, directory / "onnx"):
+        for encoder, decoder in _PAIRS:
+            if (folder / encoder).is_file() and (folder / decoder).is_file():
+                return folder / encoder, folder / decoder
+        for name in _SINGLE:
+            if (folder / name).is_file():
+                return folder / name
+    return None
 
-    Raises TypebarError, and LoweringError with everything in the graph that is wrong or unsupported.
+
+def import_onnx(paths: OnnxPaths, config: Mapping[str, Any] | None = None) -> FrontendModel:
+    """A model of an ONNX file, or of an encoder's and a decoder's.
+
+    What the graph does not say, context, source_context, eos_token_id, decoder_start_token_id, comes from `config` and
+    from config.json and generation_config.json beside the file; so does tokenizer.json. Raises TypebarError, and
+    LoweringError with everything in a graph that is wrong or unsupported.
     """
-
-    def __init__(self, path: Path, encoder: bool = False) -> None:
-        """Read the file and check the graph; no operation is run yet."""
-        super().__init__()
-        self.encoder = encoder
-        self.reader, self.inputs = _opened(path, encoder)
-        self.output = self.reader.graph.outputs[0]
-        self._slots: dict[str, Weight] = {}
-        for name, stored in self.reader.graph.tensors.items():
-            weight = self.reader._initialiser(name, stored)
-            if isinstance(weight, Weight):
-                self._register(weight)
-
-    def _register(self, weight: Weight) -> None:
-        slot = f"t{len(self._slots)}"
-        self._slots[slot] = weight
-        self.register_buffer(slot, torch.empty(weight.shape, dtype=weight.dtype, device="meta"))
-
-    def named_weights(self) -> dict[str, Weight]:
-        """The parameters by the names that the graph gives them."""
-        return {self.reader.public(weight): weight for weight in self._slots.values()}
-
-    def forward(self, input_ids: torch.Tensor, memory: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [1, T, V]; of an encoder its states [1, T, D]."""
-        self.reader.device = input_ids.device
-        parameters = {weight.name: getattr(self, slot) for slot, weight in self._slots.items()}
-        given = self.inputs.values(input_ids, memory)
-        result = self.reader.run(given, input_ids.shape[1], parameters)
-        if self.reader.problems:
-            raise LoweringError(self.reader.problems)
-        if isinstance(result, torch.Tensor) and result.ndim == 2:
-            result = result[None]
-        if not isinstance(result, torch.Tensor) or result.ndim != 3 or not result.is_floating_point():
-            shape = show(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
-            wanted = "states [1, T, D]" if self.encoder else "logits [1, T, V]"
-            raise TypebarError(f"output {self.output!r} is {shape}, not {wanted}; export the model again")
-        return result
-
-    def settle(self) -> bool:
-        """Register the parameters that the last run found missing; returns whether there were any."""
-        known = {weight.name for weight in self._slots.values()}
-        missing = {w.name: w for w in self.reader.wanted if w.name not in known}
-        for weight in missing.values():
-            self._register(weight)
-        return bool(missing)
-
-    def _rehearse(self) -> None:
-        """Run the graph at two lengths, which is far quicker than tracing it, and register what both want.
-
-        Raises LoweringError with what is wrong at either length.
-        """
-        wanted = []
-        for length, source in _REHEARSED:
-            ids = torch.zeros(1, self.inputs.static or length, dtype=torch.int64, device="meta")
-            memory = None
-            if self.inputs.takes_memory:
-                memory = torch.zeros(1, source, self.inputs.memory_width(), device="meta")
-            with torch.no_grad():
-                self(ids, memory)
-            wanted.append(dict.fromkeys(self.reader.wanted))
-        for weight in wanted[0]:
-            if weight in wanted[1] and weight.name not in {w.name for w in self._slots.values()}:
-                self._register(weight)
-
-    def real_parameters(self) -> dict[str, torch.Tensor]:
-        """Every parameter with its values, by the module's own names for them: for running the module."""
-        made = {}
-        for slot, weight in self._slots.items():
-            values = np.array(self.reader.values_of(weight))
-            made[slot] = torch.from_numpy(values).to(weight.dtype)
-        return made
-
-    def exported(self) -> Exported:
-        """The module as torch.export has it, with the parameters' own names; raises as the class says."""
-        self._rehearse()
-        for _ in range(_ROUNDS):
-            made = export(self, memory=self.inputs.memory_width() if self.inputs.takes_memory else None)
-            if not self.settle():
-                aliases = {slot: self.reader.public(weight) for slot, weight in self._slots.items()}
-                return replace(made, aliases=aliases)
-        raise TypebarError("the graph asks for other parameters at every reading; export the model again")
+    encoder_path, path = paths if isinstance(paths, tuple) else (None, paths)
+    for given in (encoder_path, path):
+        if given is not None and not given.is_file():
+            raise TypebarError(f"there is no file {given}; give the path of an ONNX model")
+    folder = path.resolve().parent
+    beside = folder.parent if folder.name == "onnx" and not (folder / "tokenizer.json").is_file() else folder
+    facts: dict[str, Any] = {**facts_of(read_json(beside / "config.json")), **facts_beside(beside), **(config or {})}
+    facts.pop("is_encoder_decoder", None)
+    tokenizer = beside / "tokenizer.json"
+    text = tokenizer.read_bytes() if tokenizer.is_file() else None
+    name = str(facts.pop("name", None) or (path.stem if encoder_path is None and path.stem != "model" else beside.name))
+    decoder = OnnxModule(path)
+    if decoder.inputs.takes_memory != (encoder_path is not None):
+        _refuse_half(path, decoder.inputs.takes_memory)
+    if encoder_path is None:
+        return _decoder_alone(name, decoder, facts, text)
+    encoder = OnnxModule(encoder_path, encoder=True)
+    encoded, decoded = encoder.exported(), decoder.exported()
+    width = memory_width(encoded)
+    if width != decoder.inputs.memory_width():
+        raise TypebarError(
+            f"{encoder_path.name} gives vectors of {width}, {path.name} takes {decoder.inputs.memory_width()}; "
+            "give the two halves of one model"
+        )
+    prefixes = _prefixes(encoder, decoder)
+    source = OnnxSource([(encoder, prefixes[0]), (decoder, prefixes[1])])
+    return assemble(name, source, _named(decoded, prefixes[1]), facts, _named(encoded, prefixes[0]), text)
 
 
-def _opened(path: Path, encoder: bool) -> tuple[GraphReader, Inputs]:
-    """The reader of a file's graph and the roles of its inputs."""
-    file = read_file(path)
-    file = OnnxFile(path, inlined(file.model))
-    graph = file.model.graph
-    _check_operator_sets(file)
-    output = find_output(graph, encoder)
-    try:
-        body = structure(graph, [output], [], path.parent)
-    except ProblemsError as error:
-        raise LoweringError(error.problems) from error
-    used = {name for node in body.nodes for name in read_names(node)}
-    inputs, problems = find_inputs(graph, used, set(body.tensors))
-    if problems:
-        raise LoweringError(problems)
-    if encoder and inputs.takes_memory:
-        raise TypebarError(f"{path} takes an encoder's result; it is no encoder, give it as the decoder")
-    if inputs.static is not None and (encoder or inputs.takes_memory):
-        raise TypebarError(f"{path} takes texts of {inputs.static} tokens only; export it with dynamic axes")
-    names = {name: name for name in body.tensors if name in used}
-    tensors = {name: stored for name, stored in body.tensors.items() if name in used}
-    body = Graph(body.nodes, tensors, body.outputs)
-    return GraphReader(file, body, labels(body.nodes, names), inputs.static), inputs
+def _refuse_half(path: Path, takes_memory: bool) -> None:
+    if takes_memory:
+        raise TypebarError(f"{path} is the decoder of a pair; give the folder that holds its encoder.onnx as well")
+    raise TypebarError(f"{path} takes no encoder's result and cannot be the decoder of a pair; give it alone")
 
 
-def _check_operator_sets(file: OnnxFile) -> None:
-    newest = defs.onnx_opset_version()
-    versions = [o.version for o in file.model.opset_import if o.domain in ("", "ai.onnx")]
-    if not versions or not _OLDEST <= versions[0] <= newest:
-        found = versions[0] if versions else "none"
-        raise TypebarError(f"{file.path} has operator set {found}; sets {_OLDEST} to {newest} are read, export it anew")
+def _decoder_alone(name: str, decoder: OnnxModule, facts: dict[str, Any], text: bytes | None) -> FrontendModel:
+    declared = length_of(facts, "context")
+    if decoder.inputs.static is not None:
+        facts["context"] = min(declared or decoder.inputs.static, decoder.inputs.static)
+    exported = decoder.exported()
+    source = OnnxSource([(decoder, {})])
+    return assemble(name, source, exported, facts, tokenizer=text, fallback=DEFAULT_CONTEXT)
+
+
+def _prefixes(encoder: OnnxModule, decoder: OnnxModule) -> tuple[dict[str, str], dict[str, str]]:
+    """Other names for the parameters that differ under one name in the two graphs."""
+    ours, theirs = encoder.named_weights(), decoder.named_weights()
+    differing = [n for n in ours if n in theirs and not _equal(encoder, ours[n], decoder, theirs[n])]
+    return {n: f"encoder:{n}" for n in differing}, {n: f"decoder:{n}" for n in differing}
+
+
+def _equal(encoder: OnnxModule, ours: Weight, decoder: OnnxModule, theirs: Weight) -> bool:
+    if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+        return False
+    return bool(np.array_equal(encoder.reader.values_of(ours), decoder.reader.values_of(theirs)))
+
+
+def _named(exported: Exported, names: Mapping[str, str]) -> Exported:
+    return replace(exported, aliases={slot: names.get(name, name) for slot, name in exported.aliases.items()})

@@ -191,9 +191,11 @@ class GraphReader:
         return self.label.get(weight.name, weight.name)
 
     def tensor_of(self, weight: Weight) -> torch.Tensor:
-        """The parameter; one not registered yet is noted, and an empty tensor stands for it in this run."""
+        """The parameter; one not registered yet is noted, and in a trace an empty tensor stands for it."""
         found = self.parameters.get(weight.name)
-        if found is None:
+        if found is None and self.device.type != "meta":
+            found = torch.from_numpy(np.array(self.values_of(weight))).to(weight.dtype)
+        elif found is None:
             self.wanted.append(weight)
             require_possible(weight.shape)
             found = torch.empty(weight.shape, dtype=weight.dtype, device=self.device)
