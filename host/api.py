@@ -58,13 +58,14 @@ def compile(
     """Compile a model for a ring of devices and write the image; the file appears complete or not at all.
 
     Args:
-        model: a checkpoint directory, a shipped model's name, or a module from token ids [1, T] to logits [1, T, V].
+        model: a checkpoint directory, an .onnx or .gguf file, a directory with encoder.onnx and decoder.onnx, a shipped
+            or installed model's name, or a module from token ids [1, T] to logits [1, T, V].
         out: the image to create or replace; not one of the model's own files.
         machine: a shipped machine's name, a .toml file, or a machine.
         devices: devices on the ring, 1 to 64.
         weights: format of weights and caches in memory, fp16 or bf16.
         progress: called with bytes written and in total.
-        config: for modules: context, eos_token_id and name, as far as the module does not say.
+        config: what the model does not say: context, source_context, eos_token_id, decoder_start_token_id, name.
         tokenizer_json: contents of a tokenizer.json, for modules; a directory brings its own.
 
     Raises:
@@ -77,10 +78,10 @@ def compile(
     fmt = driver.weights_format(weights)
     driver.check_devices(devices)
     path = Path(out)
-    if isinstance(model, str | os.PathLike):
-        model = _directory(os.fspath(model))
-        _check_output(path, model)
-    source = load_model(model, config)
+    given, config = model_source(model, config)
+    if isinstance(given, Path):
+        _check_output(path, given)
+    source = load_model(given, config)
     if isinstance(tokenizer_json, str):
         tokenizer_json = tokenizer_json.encode("utf-8", "surrogatepass")  # the tokenizer then refuses what is not UTF-8
     if tokenizer_json is not None:
@@ -90,25 +91,41 @@ def compile(
     return CompiledImage(path, driver.write(driver.build(source, target, devices, fmt), path, progress))
 
 
-def _directory(name: str) -> Path:
-    """The directory of a model with weights, by path or by name."""
+def model_source(
+    model: str | os.PathLike[str] | torch.nn.Module, config: Mapping[str, Any] | None
+) -> tuple[Path | torch.nn.Module, Mapping[str, Any] | None]:
+    """What the frontend loads for what a user calls a model: a path, also of a model by name, or the module itself.
+
+    The configuration comes back with the facts that the files of a model by name do not tell.
+
+    Raises:
+        TypebarError: there is no such model, or it is not installed.
+    """
+    if not isinstance(model, str | os.PathLike):
+        return model, config
     from typebar.compiler.frontend import SHAPES
     from typebar.models import find, shipped
+    from typebar.models.real import find_real, real_models
 
+    name = os.fspath(model)
     if Path(name).exists():
-        return Path(name)
+        return Path(name), config
     if name in SHAPES:
         raise TypebarError(f"{name!r} is a shape without weights: simulate it, or compile a checkpoint directory")
     if any(known.name == name for known in shipped()):
-        return find(name).path
-    known_names = ", ".join(known.name for known in shipped())
-    raise TypebarError(f"no model {name!r}: give a checkpoint directory or a shipped model ({known_names})")
+        return find(name).path, config
+    if any(known.name == name for known in real_models()):
+        real = find_real(name)
+        return real.path(), {**real.facts, **(config or {})}
+    names = ", ".join(known.name for known in (*shipped(), *real_models()))
+    raise TypebarError(f"no model {name!r}: give a checkpoint directory, an .onnx or .gguf file, or one of {names}")
 
 
-def _check_output(out: Path, directory: Path) -> None:
-    """Refuse to replace a checkpoint's own file; an image made earlier may lie beside them and be replaced."""
+def _check_output(out: Path, source: Path) -> None:
+    """Refuse to replace a model's own file; an image made earlier may lie beside them and be replaced."""
     try:
-        if not any(file.is_file() and file.samefile(out) for file in directory.iterdir()):
+        files = [source] if source.is_file() else source.iterdir()
+        if not any(file.is_file() and file.samefile(out) for file in files):
             return
     except (OSError, ValueError):  # there is no such output yet, or reading or writing will say what is wrong
         return
@@ -324,4 +341,13 @@ def load(path: str | os.PathLike[str], device: str | Sequence[str | Candidate] =
         raise
 
 
-__all__ = ["CompiledImage", "Generation", "SimulationReport", "TextModel", "compile", "load", "simulate"]
+__all__ = [
+    "CompiledImage",
+    "Generation",
+    "SimulationReport",
+    "TextModel",
+    "compile",
+    "load",
+    "model_source",
+    "simulate",
+]

@@ -9,12 +9,12 @@ from typing import Annotated
 
 import typer
 
-from typebar.host import cli_doctor, cli_model, cli_rtl, cli_tools
+from typebar.host import cli_check, cli_doctor, cli_model, cli_rtl, cli_tools
 from typebar.host.cli_errors import guarded
 
 app = typer.Typer(
     name="typebar",
-    help="Compile GPT models to accelerator images, simulate them to the bit and the cycle, and generate text.",
+    help="Compile GPT and T5 models to accelerator images, simulate them to the bit and the cycle, and generate text.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -22,9 +22,11 @@ app = typer.Typer(
 )
 
 for _command in (
+    cli_check.check,
     cli_model.compile_,
     cli_model.run,
     cli_model.simulate,
+    cli_check.compare,
     cli_tools.disasm,
     cli_tools.asm,
     cli_tools.opt,

@@ -49,14 +49,46 @@ _HBM_LABELS = {
     "total_bytes": "total",
 }
 Weights = Annotated[WeightFormat, typer.Option("--weights", help="Format of weights and caches.")]
+ContextOption = Annotated[
+    int | None, typer.Option("--context", help="Positions to hold, where the model does not say or fewer will do.")
+]
+SourceContextOption = Annotated[int | None, typer.Option("--source-context", help="The same for an encoder's text.")]
+EndOption = Annotated[int | None, typer.Option("--eos", help="Token that ends a text, where the model does not say.")]
+DecoderStartOption = Annotated[
+    int | None, typer.Option("--decoder-start", help="Token that a decoder with an encoder starts from.")
+]
+
+
+def model_facts(
+    context: int | None, source_context: int | None, eos: int | None, decoder_start: int | None
+) -> dict[str, int]:
+    """The options that say what a model's files do not, by the names of configurations."""
+    facts = {
+        "context": context,
+        "source_context": source_context,
+        "eos_token_id": eos,
+        "decoder_start_token_id": decoder_start,
+    }
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def compile_(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory or a shipped model.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A checkpoint directory, an .onnx or .gguf file, a directory with encoder.onnx and decoder.onnx,"
+            " or a model by name.",
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The image to write.")],
     machine: Annotated[str, typer.Option(help="A shipped machine or a .toml file.")] = "u280",
     devices: Annotated[int, typer.Option(help="Devices on the ring.")] = 4,
     weights: Weights = WeightFormat.FP16,
+    context: ContextOption = None,
+    source_context: SourceContextOption = None,
+    eos: EndOption = None,
+    decoder_start: DecoderStartOption = None,
     as_json: Json = False,
 ) -> None:
     """Compile a model to an image for a ring of devices."""
@@ -66,8 +98,17 @@ def compile_(
     from typebar.isa.program import encode
 
     start = time.perf_counter()
+    config = model_facts(context, source_context, eos, decoder_start)
     with progress(f"compiling {model}", as_json) as update:
-        made = api.compile(model, output, machine=machine, devices=devices, weights=weights.value, progress=update)
+        made = api.compile(
+            model,
+            output,
+            machine=machine,
+            devices=devices,
+            weights=weights.value,
+            progress=update,
+            config=config or None,
+        )
     manifest, accounting = made.manifest, made.manifest.accounting
     with Image.open(output, verify=False) as image:
         program = encode(image.program).tobytes()

@@ -41,16 +41,22 @@ def machines(as_json: Json = False) -> None:
 
 
 def models(as_json: Json = False) -> None:
-    """List the trained models that come with Typebar."""
+    """List the models known by name: those that come with Typebar, and others' that install as packages."""
     from typebar.models import shipped
+    from typebar.models.real import real_models
 
-    found = shipped()
+    found, real = shipped(), [(model, model.installed()) for model in real_models()]
     if as_json:
-        print_json([asdict(model) | {"path": str(model.path)} for model in found])
+        listed = [asdict(m) | {"path": str(m.path), "shipped": True} for m in found]
+        listed += [asdict(m) | {"path": None if path is None else str(path), "shipped": False} for m, path in real]
+        print_json(listed)
         return
     rows = [(m.name, f"{m.parameters:,}", f"{m.held_out_nats_per_byte:.3f}", m.licence, m.description) for m in found]
     header = ("name", "parameters", "held-out nats/byte", "licence", "description")
-    print_table("Models", header, rows, numbers=(1, 2))
+    print_table("Models that come with Typebar", header, rows, numbers=(1, 2))
+    rows = [(m.name, f"{m.parameters:,}", m.licence, m.description, "yes" if path else m.install) for m, path in real]
+    header = ("name", "parameters", "licence", "description", "installed, or how to")
+    print_table("Other people's models", header, rows, numbers=(1,))
 
 
 def disasm(

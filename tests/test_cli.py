@@ -25,6 +25,7 @@ from typebar.isa.image import Image
 from typebar.isa.machine import Machine, shipped_machines
 from typebar.isa.program import decode, encode
 from typebar.models import shipped
+from typebar.models.real import real_models
 
 FRONT = Path(__file__).parent / "compiler" / "front"
 MODEL, PROMPT = "folio-draft", "And the king said"
@@ -60,8 +61,8 @@ def test_machines(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_models(capsys: pytest.CaptureFixture[str]) -> None:
     listed = data(capsys, "models")
-    assert [item["name"] for item in listed] == [model.name for model in shipped()]
-    assert all(Path(item["path"], "config.json").is_file() for item in listed)
+    assert [item["name"] for item in listed] == [model.name for model in (*shipped(), *real_models())]
+    assert all(Path(item["path"], "config.json").is_file() for item in listed if item["shipped"])
     assert MODEL in output(capsys, "models")
 
 

@@ -57,7 +57,8 @@ def declared(*, development: bool) -> set[str]:
     if development:
         texts += [item for items in project["optional-dependencies"].values() for item in items]
     matches = (re.match(r"[A-Za-z0-9_.-]+", text) for text in texts)
-    return {match[0].lower().replace("-", "_") for match in matches if match}
+    names = {match[0].lower().replace("-", "_") for match in matches if match}
+    return names | {"google"} if "protobuf" in names else names
 
 
 @pytest.mark.parametrize("folder", [name for name in ALLOWED if not name or (ROOT / name).is_dir()])
