@@ -115,20 +115,25 @@ def _without_unknown(source: Sequence[Size], target: Sequence[Size]) -> Sequence
 
 
 def _swapped_by_reshaping(call: Call, target: Sequence[Size]) -> Value:
-    """x.transpose(-2, -1), which exporters write as: leading axes joined, last two swapped, leading axes restored."""
+    """Keys transposed as exporters write it: leading axes joined, the last two swapped, leading axes restored.
+
+    That is x.reshape(leading axes, T, size).transpose(-2, -1), in which the heads can be seen.
+    """
     turn = call.maker(0)
     join = turn.maker(0) if turn is not None and turn.node.op_type == "Transpose" else None
     if turn is None or join is None or join.node.op_type != "Reshape" or turn.integers("perm") != [0, 2, 1]:
         return None
     x, joined, turned = join.value(0), turn.value(0), call.value(0)
-    if not all(isinstance(v, torch.Tensor) for v in (x, joined, turned)):
+    if not (isinstance(x, torch.Tensor) and isinstance(joined, torch.Tensor) and isinstance(turned, torch.Tensor)):
         return None
-    assert isinstance(x, torch.Tensor) and isinstance(joined, torch.Tensor)
-    if x.ndim < 3 or joined.ndim != 3 or not same_shape(joined.shape[1:], x.shape[-2:]):
+    rows, columns = joined.shape[-2:]
+    if len(target) < 3 or not same(target[-2], columns) or not (same(target[-1], rows) or same(target[-1], -1)):
         return None
-    wanted = (*x.shape[:-2], x.shape[-1], x.shape[-2])
-    known = len(target) == x.ndim and all(same(t, -1) or same(t, w) for t, w in zip(target, wanted, strict=True))
-    return x.transpose(-2, -1) if known and sum(same(t, -1) for t in target) <= 1 else None
+    if any(same(t, -1) for t in target[:-2]) or not same_shape(x.shape[-2:], (rows, columns)):
+        return None
+    wanted = (*target[:-2], rows, columns)
+    plain = x if same_shape(x.shape, wanted) else x.reshape(wanted)
+    return plain.transpose(-2, -1)
 
 
 @rule("Flatten")
