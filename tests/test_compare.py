@@ -1,0 +1,111 @@
+"""`typebar compare`: it finds a wrong layer, and calls nothing wrong that the formats explain."""
+
+from __future__ import annotations
+
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import typebar
+from typebar.host.cli import main
+from typebar.host.rounding import rounded, rounded_operands
+from typebar.isa.errors import TypebarError
+from typebar.models import find
+
+MODEL, PROMPT, LAYERS = "folio-draft", "And the king said unto them", 3
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("compare") / "draft.safetensors"
+    typebar.compile(MODEL, path, machine="tiny", devices=2)
+    return path
+
+
+def perturbed(folder: Path, name: str, relative: float) -> Path:
+    """A copy of the model with one parameter off by about `relative` of itself, each element its own way."""
+    folder.mkdir()
+    for file in find(MODEL).path.glob("*.json"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(find(MODEL).path / "model.safetensors")
+    noise = torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(5))
+    tensors[name] = (tensors[name].float() * (1 + relative * noise)).half()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_right_image_diverges_nowhere(image: Path) -> None:
+    for against in (None, MODEL):
+        found = typebar.compare(image, PROMPT, against=against)
+        assert found.first is None
+        names = [row.name for row in found.rows]
+        blocks = [f"transformer.h.{i}.{part}.c_proj" for i in range(LAYERS) for part in ("attn", "mlp")]
+        assert names == ["transformer.wpe", *blocks, "logits"]
+        assert [row.layer for row in found.rows[1:-1:2]] == [f"layer {i}" for i in range(LAYERS)]
+        for row in found.rows[1:]:
+            assert row.float32.rms < row.image.rms < row.bound < math.inf
+            assert 0.2 < row.image.rms / row.explained.rms < 2
+
+
+@pytest.mark.parametrize(
+    ("layer", "part"), [(0, "attn.c_attn"), (1, "mlp.c_fc"), (2, "attn.c_proj"), (2, "mlp.c_proj")]
+)
+def test_the_wrong_layer_is_named(image: Path, layer: int, part: str, tmp_path: Path) -> None:
+    model = perturbed(tmp_path / "wrong", f"transformer.h.{layer}.{part}.weight", 0.01)
+    first = typebar.compare(image, PROMPT, against=model).first
+    assert first is not None
+    assert first.layer == f"layer {layer}"
+    assert first.name == f"transformer.h.{layer}.{part.split('.')[0]}.c_proj"
+
+
+def test_rounding_alone_is_no_divergence(image: Path, tmp_path: Path) -> None:
+    model = perturbed(tmp_path / "rounded", "transformer.h.1.mlp.c_fc.weight", 2.0**-13)
+    assert typebar.compare(image, PROMPT, against=model).first is None
+
+
+def test_the_command(image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drawing = tmp_path / "errors.svg"
+    assert main(["compare", str(image), "--prompt", PROMPT, "--plot", str(drawing)]) == 0
+    assert "no layer diverges" in capsys.readouterr().out
+    lines = ElementTree.parse(drawing).getroot().findall("{http://www.w3.org/2000/svg}polyline")
+    assert len(lines) == 4 and all(len(line.attrib["points"].split()) == 2 * LAYERS + 2 for line in lines)
+    model = perturbed(tmp_path / "wrong", "transformer.h.1.mlp.c_proj.weight", 0.05)
+    command = ["compare", str(image), "--prompt", PROMPT, "--against", str(model), "--json"]
+    assert main(command) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["first_divergence"] == {"name": "transformer.h.1.mlp.c_proj", "layer": "layer 1"}
+    assert [row["diverges"] for row in report["rows"]].index(True) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--prompt", "a", "--prompt-ids", "1"], "exactly one"),
+        ([], "exactly one"),
+        (["--prompt", "a", "--plot", "x.png"], ".svg"),
+        (["--prompt-ids", "999999"], "vocabulary"),
+    ],
+)
+def test_bad_input(image: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(image), *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_another_models_weights_are_refused(image: Path) -> None:
+    with pytest.raises(TypebarError, match=r"transformer\.wte\.weight"):
+        typebar.compare(image, PROMPT, against="folio")
+
+
+def test_rounded_operands_rounds_factors_and_nothing_else() -> None:
+    x = torch.tensor([1 + 2.0**-12, 1 + 2.0**-11 + 2.0**-13, -3.0], dtype=torch.float64)
+    assert rounded(x).tolist() == [1.0, 1 + 2.0**-10, -3.0]
+    one = torch.ones(3, 1, dtype=torch.float64)
+    with rounded_operands():
+        assert (x @ one).item() == 1.0 + 1 + 2.0**-10 - 3
+        assert (x + x).tolist() == (2 * x).tolist()
+    assert (x @ one).item() == x.sum().item()
