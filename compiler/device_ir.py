@@ -12,7 +12,6 @@ alignment), `per_device` each, the last run short and filled with zeros: see `Se
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from xdsl.context import Context
 from xdsl.dialects.builtin import (
@@ -25,10 +24,11 @@ from xdsl.dialects.builtin import (
     StringAttr,
     SymbolRefAttr,
     TensorType,
+    UnitAttr,
 )
 from xdsl.ir import Dialect, Region, SSAValue
 from xdsl.irdl import (
-    IRDLOperation,
+    AttrSizedOperandSegments,
     ParsePropInAttrDict,
     irdl_op_definition,
     operand_def,
@@ -36,121 +36,53 @@ from xdsl.irdl import (
     opt_prop_def,
     prop_def,
     region_def,
-    result_def,
     traits_def,
 )
 from xdsl.traits import IsTerminator, Pure
 from xdsl.utils.exceptions import VerifyException
 
-from typebar.compiler.ir import ACTIVATIONS, LAYOUTS, TB, number, real, symbol, vector, width
+from typebar.compiler.device_attention import AttentionOp, RotaryOp, RotaryRowOp, ScoreBiasOp
+from typebar.compiler.device_base import DeviceOp, Sized, Valued
+from typebar.compiler.device_source import SOURCE_OPS
+from typebar.compiler.ir import ACTIVATIONS, TB, number, real, symbol, vector, width
+from typebar.compiler.segments import Segment
 
-_FORMAT = "`(` operands `)` attr-dict `:` functional-type(operands, results)"
+__all__ = [
+    "TBD",
+    "ActivationOp",
+    "AddOp",
+    "AttentionOp",
+    "BiasOp",
+    "CopyOp",
+    "GatherOp",
+    "HeadOp",
+    "LayerNormOp",
+    "LookupOp",
+    "MatrixOp",
+    "MulOp",
+    "ParamOp",
+    "ProgramOp",
+    "RmsNormOp",
+    "RotaryOp",
+    "RotaryRowOp",
+    "ScaleOp",
+    "ScoreBiasOp",
+    "Segment",
+    "context",
+]
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Columns `start` to `start + size` of a linear weight, as they are split over the devices.
-
-    Units of `unit` columns take `pad` words each; device r holds units r * per_device and following, `per_device` of
-    them, those beyond the last one being zeros.
-    """
-
-    weight: str
-    layout: str
-    bias: str | None
-    start: int
-    size: int
-    unit: int
-    pad: int
-    per_device: int
-
-    @property
-    def units(self) -> int:
-        """Units in all, on all devices."""
-        return -(-self.size // self.unit)
-
-    @property
-    def words(self) -> int:
-        """Words of this segment on one device."""
-        return self.per_device * self.pad
-
-    def columns(self, rank: int) -> list[tuple[int, int, int]]:
-        """(word in the segment, source column, columns) of each unit that device `rank` holds."""
-        runs = []
-        for index in range(self.per_device):
-            unit = rank * self.per_device + index
-            first = unit * self.unit
-            if first < self.size:
-                runs.append((index * self.pad, self.start + first, min(self.unit, self.size - first)))
-        return runs
-
-    def attribute(self) -> DictionaryAttr:
-        """The segment as an attribute."""
-        values = {
-            "weight": symbol(self.weight),
-            "layout": StringAttr(self.layout),
-            "start": number(self.start),
-            "size": number(self.size),
-            "unit": number(self.unit),
-            "pad": number(self.pad),
-            "per_device": number(self.per_device),
-        }
-        if self.bias is not None:
-            values["bias"] = symbol(self.bias)
-        return DictionaryAttr(values)
-
-    @staticmethod
-    def parse(data: DictionaryAttr) -> Segment:
-        """The segment an attribute describes.
-
-        Raises:
-            VerifyException: a key is missing or of the wrong kind, or a number is out of range.
-        """
-        try:
-            bias = data.data.get("bias")
-            names = ("start", "size", "unit", "pad", "per_device")
-            numbers = [int(data.data[name].value.data) for name in names]  # type: ignore[attr-defined]
-            made = Segment(
-                data.data["weight"].string_value(),  # type: ignore[attr-defined]
-                data.data["layout"].data,  # type: ignore[attr-defined]
-                None if bias is None else bias.string_value(),  # type: ignore[attr-defined]
-                *numbers,
-            )
-        except (KeyError, AttributeError) as error:
-            raise VerifyException(f"a segment needs weight, layout and {', '.join(names)}: {error}") from None
-        fits = made.start >= 0 < made.size and 0 < made.unit <= made.pad and made.per_device > 0
-        if made.layout not in LAYOUTS or not fits:
-            raise VerifyException(f"a segment is out of range: {made}")
-        return made
+def _optional(name: str) -> str:
+    """An operand that may be missing, in the format of an operation with several such."""
+    return f"(`,` `{name}` ${name}^ `:` type(${name}))?"
 
 
 def _segments(attribute: ArrayAttr) -> list[Segment]:
     return [Segment.parse(item) for item in attribute.data if isinstance(item, DictionaryAttr)]
 
 
-class _Op(IRDLOperation):
-    """What all operations share: `at` and `scratch` are register-file addresses in words, set by `allocate`."""
-
-    irdl_options = (ParsePropInAttrDict(),)
-
-
-class _Valued(_Op):
-    out = result_def(TensorType)
-    at = opt_prop_def(IntegerAttr)
-    scratch = opt_prop_def(IntegerAttr)
-    traits = traits_def(Pure())
-    assembly_format = _FORMAT
-
-    @property
-    def address(self) -> int:
-        """The result's word address; only after `allocate`."""
-        if self.at is None:
-            raise VerifyException(f"{self.name} has no address: run the pass allocate first")
-        return int(self.at.value.data)
-
-
 @irdl_op_definition
-class ProgramOp(_Op):
+class ProgramOp(DeviceOp):
     """One token on each of `devices` devices; block arguments (token, position); ends with `tbd.head`.
 
     `allocate` sets `step`: places in the register file start at multiples of so many words.
@@ -185,7 +117,7 @@ class ProgramOp(_Op):
 
 
 @irdl_op_definition
-class LookupOp(_Valued):
+class LookupOp(Valued):
     """Row `index + offset` of an embedding table, the same table on every device."""
 
     name = "tbd.lookup"
@@ -200,7 +132,7 @@ class LookupOp(_Valued):
 
 
 @irdl_op_definition
-class ParamOp(_Valued):
+class ParamOp(Valued):
     """A parameter vector that every device holds whole, loaded from memory."""
 
     name = "tbd.param"
@@ -214,18 +146,22 @@ class ParamOp(_Valued):
 
 
 @irdl_op_definition
-class BiasOp(_Valued):
-    """This device's share of the biases of some segments, loaded from memory."""
+class BiasOp(Valued):
+    """This device's share of the biases of some segments, or with `scales` of their scales, loaded from memory."""
 
     name = "tbd.bias"
     segments = prop_def(ArrayAttr[DictionaryAttr])
+    scales = opt_prop_def(UnitAttr)
 
     assembly_format = "attr-dict `:` type($out)"
 
-    def __init__(self, segments: Sequence[Segment]) -> None:
+    def __init__(self, segments: Sequence[Segment], scales: bool = False) -> None:
         """Make the operation from plain values."""
         words = sum(item.words for item in segments)
-        properties = {"segments": ArrayAttr([item.attribute() for item in segments])}
+        properties = {
+            "segments": ArrayAttr([item.attribute() for item in segments]),
+            "scales": UnitAttr() if scales else None,
+        }
         super().__init__(result_types=[vector(words)], properties=properties)
 
     @property
@@ -234,7 +170,7 @@ class BiasOp(_Valued):
         return _segments(self.segments)
 
 
-class _Product(_Op):
+class _Product(DeviceOp):
     """x (the same on every device) times this device's columns of some weights.
 
     `k` words of x take part. Source row i of the weights meets word (i // row_unit) * row_pad + i % row_unit of x.
@@ -252,6 +188,11 @@ class _Product(_Op):
         return _segments(self.segments)
 
     @property
+    def int8(self) -> bool:
+        """Whether the weights are int8, with a scale for each column."""
+        return self.pieces[0].scale is not None
+
+    @property
     def words(self) -> int:
         """Columns on one device, with padding."""
         return sum(item.words for item in self.pieces)
@@ -261,7 +202,8 @@ class _Product(_Op):
         k, unit, pad = (int(a.value.data) for a in (self.k, self.row_unit, self.row_pad))
         if not 0 < k <= width(self.x) or not 0 < unit <= pad:
             raise VerifyException(f"{self.name}: k = {k} (rows in units of {unit} in {pad}) does not fit {self.x.type}")
-        _segments(self.segments)
+        if len({item.scale is None for item in self.pieces}) != 1:
+            raise VerifyException(f"{self.name}: weights are all int8 or none")
 
 
 def _product(segments: Sequence[Segment], k: int, row_unit: int, row_pad: int) -> dict[str, object]:
@@ -274,15 +216,17 @@ def _product(segments: Sequence[Segment], k: int, row_unit: int, row_pad: int) -
 
 
 @irdl_op_definition
-class MatrixOp(_Product, _Valued):
-    """One matrix instruction: product, then the bias and the activation if given."""
+class MatrixOp(_Product, Valued):
+    """One matrix instruction: product, then the scales of int8 weights, the bias and the activation if given."""
 
     name = "tbd.matrix"
+    irdl_options = (AttrSizedOperandSegments(as_property=True), ParsePropInAttrDict())  # type: ignore[assignment]
     x = operand_def(TensorType)
+    scale = opt_operand_def(TensorType)
     bias = opt_operand_def(TensorType)
     activation = opt_prop_def(StringAttr)
     traits = traits_def(Pure())
-    assembly_format = _FORMAT
+    assembly_format = f"`(` $x `:` type($x) {_optional('scale')} {_optional('bias')} `)` attr-dict `->` type($out)"
 
     def __init__(
         self,
@@ -291,6 +235,7 @@ class MatrixOp(_Product, _Valued):
         k: int,
         row_unit: int,
         row_pad: int,
+        scale: SSAValue | None = None,
         bias: SSAValue | None = None,
         activation: str | None = None,
     ) -> None:
@@ -298,33 +243,44 @@ class MatrixOp(_Product, _Valued):
         properties = _product(segments, k, row_unit, row_pad)
         properties["activation"] = None if activation is None else StringAttr(activation)
         words = sum(item.words for item in segments)
-        super().__init__(operands=[x, bias], result_types=[vector(words)], properties=properties)  # type: ignore[arg-type]
+        super().__init__(operands=[x, scale, bias], result_types=[vector(words)], properties=properties)  # type: ignore[arg-type]
 
     def verify_(self) -> None:
-        """The product's rules; bias and result have the segments' width."""
+        """The product's rules; scale, bias and result have the segments' width."""
         super().verify_()
-        if width(self.out) != self.words or (self.bias is not None and width(self.bias) != self.words):
-            raise VerifyException(f"tbd.matrix: result and bias must have {self.words} words")
+        if any(value is not None and width(value) != self.words for value in (self.out, self.scale, self.bias)):
+            raise VerifyException(f"tbd.matrix: result, scale and bias must have {self.words} words")
+        if (self.scale is not None) != self.int8:
+            raise VerifyException("tbd.matrix: int8 weights, and only they, need scales")
 
 
 @irdl_op_definition
 class HeadOp(_Product):
-    """The last product: logits over the vocabulary, their argmax over all devices, and the end of the token."""
+    """The last product: logits over the vocabulary, their argmax over all devices, and the end of the token.
+
+    `steps` follow the product and its bias: a number multiplies, a name is an activation.
+    """
 
     name = "tbd.head"
     x = operand_def(TensorType)
     scratch = opt_prop_def(IntegerAttr)
     chunk = opt_prop_def(IntegerAttr)
+    steps = opt_prop_def(ArrayAttr)
     traits = traits_def(IsTerminator())
     assembly_format = "`(` $x `)` attr-dict `:` type($x)"
 
-    def __init__(self, x: SSAValue, segment: Segment, k: int, row_unit: int, row_pad: int) -> None:
+    def __init__(
+        self, x: SSAValue, segment: Segment, k: int, row_unit: int, row_pad: int, steps: Sequence[float | str] = ()
+    ) -> None:
         """Make the operation from plain values."""
-        super().__init__(operands=[x], properties=_product([segment], k, row_unit, row_pad))  # type: ignore[arg-type]
+        properties = _product([segment], k, row_unit, row_pad)
+        if steps:
+            properties["steps"] = ArrayAttr([StringAttr(s) if isinstance(s, str) else real(s) for s in steps])
+        super().__init__(operands=[x], properties=properties)  # type: ignore[arg-type]
 
 
 @irdl_op_definition
-class GatherOp(_Valued):
+class GatherOp(Valued):
     """All devices' shares in rank order: the same value on every device."""
 
     name = "tbd.gather"
@@ -335,47 +291,40 @@ class GatherOp(_Valued):
         super().__init__(operands=[x], result_types=[vector(width(x) * devices)])
 
 
-class _Sized(_Valued):
-    size = prop_def(IntegerAttr)
-
-    @property
-    def count(self) -> int:
-        """Elements computed."""
-        return int(self.size.value.data)
-
-
 @irdl_op_definition
-class LayerNormOp(_Sized):
+class LayerNormOp(Sized):
     """(x - mean) / sqrt(variance + eps) * weight + bias over `size` elements."""
 
     name = "tbd.layer_norm"
+    irdl_options = (AttrSizedOperandSegments(as_property=True), ParsePropInAttrDict())  # type: ignore[assignment]
     x = operand_def(TensorType)
-    weight = operand_def(TensorType)
+    weight = opt_operand_def(TensorType)
     bias = opt_operand_def(TensorType)
     eps = prop_def(FloatAttr)
+    assembly_format = f"`(` $x `:` type($x) {_optional('weight')} {_optional('bias')} `)` attr-dict `->` type($out)"
 
-    def __init__(self, x: SSAValue, weight: SSAValue, bias: SSAValue | None, eps: float, size: int) -> None:
+    def __init__(self, x: SSAValue, weight: SSAValue | None, bias: SSAValue | None, eps: float, size: int) -> None:
         """Make the operation from plain values."""
         properties = {"eps": real(eps), "size": number(size)}
         super().__init__(operands=[x, weight, bias], result_types=[vector(size)], properties=properties)
 
 
 @irdl_op_definition
-class RmsNormOp(_Sized):
+class RmsNormOp(Sized):
     """x / sqrt(mean(x * x) + eps) * weight over `size` elements."""
 
     name = "tbd.rms_norm"
     x = operand_def(TensorType)
-    weight = operand_def(TensorType)
+    weight = opt_operand_def(TensorType)
     eps = prop_def(FloatAttr)
 
-    def __init__(self, x: SSAValue, weight: SSAValue, eps: float, size: int) -> None:
+    def __init__(self, x: SSAValue, weight: SSAValue | None, eps: float, size: int) -> None:
         """Make the operation from plain values."""
         properties = {"eps": real(eps), "size": number(size)}
         super().__init__(operands=[x, weight], result_types=[vector(size)], properties=properties)
 
 
-class _Pair(_Sized):
+class _Pair(Sized):
     lhs = operand_def(TensorType)
     rhs = operand_def(TensorType)
 
@@ -399,7 +348,7 @@ class MulOp(_Pair):
 
 
 @irdl_op_definition
-class ScaleOp(_Sized):
+class ScaleOp(Sized):
     """x * value."""
 
     name = "tbd.scale"
@@ -413,7 +362,26 @@ class ScaleOp(_Sized):
 
 
 @irdl_op_definition
-class ActivationOp(_Sized):
+class CopyOp(Sized):
+    """The `size` words of x from word `start` on."""
+
+    name = "tbd.copy"
+    x = operand_def(TensorType)
+    start = prop_def(IntegerAttr)
+
+    def __init__(self, x: SSAValue, start: int, size: int) -> None:
+        """Make the operation from plain values."""
+        properties = {"start": number(start), "size": number(size)}
+        super().__init__(operands=[x], result_types=[vector(size)], properties=properties)
+
+    def verify_(self) -> None:
+        """The words lie inside x."""
+        if not 0 <= self.start.value.data <= width(self.x) - self.count:
+            raise VerifyException(f"tbd.copy: {self.count} words from {self.start.value.data} leave {self.x.type}")
+
+
+@irdl_op_definition
+class ActivationOp(Sized):
     """A unary function of each element."""
 
     name = "tbd.activation"
@@ -431,37 +399,6 @@ class ActivationOp(_Sized):
             raise VerifyException(f"tbd.activation: kind must be one of {', '.join(ACTIVATIONS)}")
 
 
-@irdl_op_definition
-class AttentionOp(_Valued):
-    """Causal attention of this device's heads over the cache and this token.
-
-    `qkv` holds `heads` queries, then keys, then values, `pad` words each (`head_dim` of them used).
-    """
-
-    name = "tbd.attention"
-    qkv = operand_def(TensorType)
-    heads = prop_def(IntegerAttr)
-    head_dim = prop_def(IntegerAttr)
-    pad = prop_def(IntegerAttr)
-    scale = prop_def(FloatAttr)
-
-    def __init__(self, qkv: SSAValue, heads: int, head_dim: int, pad: int, scale: float) -> None:
-        """Make the operation from plain values."""
-        properties = {
-            "heads": number(heads),
-            "head_dim": number(head_dim),
-            "pad": number(pad),
-            "scale": real(scale),
-        }
-        super().__init__(operands=[qkv], result_types=[vector(heads * pad)], properties=properties)
-
-    def verify_(self) -> None:
-        """qkv holds three times the heads."""
-        heads, size, pad = (int(a.value.data) for a in (self.heads, self.head_dim, self.pad))
-        if not 0 < size <= pad or heads <= 0 or width(self.qkv) != 3 * heads * pad:
-            raise VerifyException(f"tbd.attention: {self.qkv.type} does not hold q, k and v of {heads} heads of {pad}")
-
-
 TBD = Dialect(
     "tbd",
     [
@@ -469,6 +406,7 @@ TBD = Dialect(
         AddOp,
         AttentionOp,
         BiasOp,
+        CopyOp,
         GatherOp,
         HeadOp,
         LayerNormOp,
@@ -478,7 +416,11 @@ TBD = Dialect(
         ParamOp,
         ProgramOp,
         RmsNormOp,
+        RotaryOp,
+        RotaryRowOp,
         ScaleOp,
+        ScoreBiasOp,
+        *SOURCE_OPS,
     ],
     [],
 )

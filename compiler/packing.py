@@ -6,13 +6,14 @@ format): the torch device needs no checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from typebar.compiler.device_ir import Segment
+from typebar.compiler import tables
+from typebar.compiler.segments import Segment
 from typebar.isa.errors import TypebarError
 from typebar.isa.image import Image
 from typebar.isa.image_plan import TensorPlan
@@ -45,55 +46,58 @@ class Packer:
         Raises:
             WeightError: a parameter holds NaN or infinity, or a value beyond the format's range.
         """
-        make = {"matrix": self._matrix, "bias": self._bias, "vector": self._vector, "table": self._table}
+        make: dict[str, Callable[[TensorPlan], NDArray[np.uint8]]] = {
+            "matrix": self._matrix,
+            "bias": self._column_values,
+            "scale": self._column_values,
+            "vector": self._vector,
+            "table": self._table,
+            "rotary": self._rotary,
+            "planes": self._planes,
+        }
         return make[plan.meta["kind"]](plan)
 
-    def _source(self, name: str) -> F32:
+    def _source(self, name: str, masks: bool = False) -> F32:
+        """Values by name; only `masks` may hold minus infinity."""
         if name not in self._kept:
             values = np.asarray(self._lookup(name), np.float32)
-            if not np.isfinite(values).all():
+            if np.isnan(values).any() or (np.isinf(values) & ~(masks & (values < 0))).any():
                 raise WeightError(f"parameter {name!r} holds NaN or infinity: mend the checkpoint")
             while len(self._kept) >= self._KEPT:
                 self._kept.pop(next(iter(self._kept)))
             self._kept[name] = values
         return self._kept[name]
 
-    def _encoded(self, values: F32, name: str) -> NDArray[Any]:
-        raw, flags = encode(values, self.format)
+    def _encoded(self, values: F32, name: str, fmt: Format) -> NDArray[Any]:
+        raw, flags = encode(values, fmt)
+        if fmt is Format.INT8 and not np.array_equal(decode(raw, fmt), values):
+            raise WeightError(
+                f"parameter {name!r} has a scale and values that are no int8: round it, or drop the scale"
+            )
         if flags & NumericFlag.STORE_SATURATED:
             largest = float(np.abs(values).max())
             raise WeightError(
-                f"parameter {name!r} reaches {largest:g}, beyond {self.format.name.lower()}:"
-                " compile with --weights bf16"
+                f"parameter {name!r} reaches {largest:g}, beyond {fmt.name.lower()}: compile with --weights bf16"
             )
         return raw
 
     def _matrix(self, plan: TensorPlan) -> NDArray[np.uint8]:
-        meta, element = plan.meta, FORMAT_BYTES[self.format]
+        meta, fmt = plan.meta, _format(plan.meta, self.format)
+        element = FORMAT_BYTES[fmt]
         local = np.zeros((meta["k"], meta["words"]), np.dtype(f"u{element}"))
         rows = _row_places(meta)
-        at = 0
-        for segment in _segments(meta):
-            for word, column, count in segment.columns(_rank(plan)):
-                source = self._source(segment.weight)
-                part = (
-                    source[:, column : column + count]
-                    if segment.layout == "in_out"
-                    else source[column : column + count].T
-                )
-                local[rows, at + word : at + word + count] = self._encoded(part, segment.weight)
-            at += segment.words
+        for segment, words, columns in _held(meta, _rank(plan)):
+            source = self._source(segment.weight)
+            part = source[:, columns] if segment.layout == "in_out" else source[columns].T
+            local[_cells(rows, words)] = self._encoded(part, segment.weight, fmt).view(local.dtype)
         return pack(local, self.machine, element)
 
-    def _bias(self, plan: TensorPlan) -> NDArray[np.uint8]:
+    def _column_values(self, plan: TensorPlan) -> NDArray[np.uint8]:
         local = np.zeros(plan.bytes // 4, np.float32)
-        at = 0
-        for segment in _segments(plan.meta):
-            if segment.bias is not None:
-                source = self._source(segment.bias)
-                for word, column, count in segment.columns(_rank(plan)):
-                    local[at + word : at + word + count] = source[column : column + count]
-            at += segment.words
+        for segment, words, columns in _held(plan.meta, _rank(plan)):
+            name = getattr(segment, plan.meta["kind"])
+            if name is not None:
+                local[words] = self._source(name)[columns]
         return local.view(np.uint8)
 
     def _vector(self, plan: TensorPlan) -> NDArray[np.uint8]:
@@ -101,10 +105,18 @@ class Packer:
 
     def _table(self, plan: TensorPlan) -> NDArray[np.uint8]:
         meta = plan.meta
-        raw = self._encoded(self._source(meta["symbol"]), meta["symbol"])
+        raw = self._encoded(self._source(meta["symbol"]), meta["symbol"], self.format)
         rows = np.zeros((meta["rows"], meta["row_bytes"]), np.uint8)
         rows[:, : meta["width"] * FORMAT_BYTES[self.format]] = np.ascontiguousarray(raw).view(np.uint8)
         return rows.reshape(-1)
+
+    def _rotary(self, plan: TensorPlan) -> NDArray[np.uint8]:
+        cos, sin = (self._source(plan.meta[key]) for key in ("cos", "sin"))
+        return tables.rotary_rows(plan.meta, cos, sin).reshape(-1).view(np.uint8)
+
+    def _planes(self, plan: TensorPlan) -> NDArray[np.uint8]:
+        source = self._source(plan.meta["symbol"], masks=True)
+        return tables.plane_rows(plan.meta, source, plan.device).reshape(-1).view(np.uint8)
 
 
 def _rank(plan: TensorPlan) -> int:
@@ -112,16 +124,44 @@ def _rank(plan: TensorPlan) -> int:
     return plan.device
 
 
-def _segments(meta: Mapping[str, Any]) -> list[Segment]:
-    return [Segment(**item) for item in meta["segments"]]
+Index = NDArray[np.int64] | slice
 
 
-def _row_places(meta: Mapping[str, Any]) -> NDArray[np.int64]:
+def _run(places: NDArray[np.int64]) -> Index:
+    """The same places as a slice where they follow one another, which is much faster."""
+    follow = (
+        places.size > 0 and int(places[-1]) - int(places[0]) == places.size - 1 and bool((np.diff(places) == 1).all())
+    )
+    return slice(int(places[0]), int(places[-1]) + 1) if follow else places
+
+
+def _cells(rows: Index, columns: Index) -> tuple[Any, Any]:
+    """An index of the cells where rows and columns meet."""
+    if isinstance(rows, slice) or isinstance(columns, slice):
+        return rows, columns
+    return np.ix_(rows, columns)
+
+
+def _held(meta: Mapping[str, Any], rank: int) -> Iterator[tuple[Segment, Index, Index]]:
+    """Each segment with the words of the tensor that it fills on a device, and their source columns."""
+    at = 0
+    for item in meta["segments"]:
+        segment = Segment(**item)
+        words, columns = segment.columns(rank)
+        yield segment, _run(at + words), _run(columns)
+        at += segment.words
+
+
+def _format(meta: Mapping[str, Any], weights: Format) -> Format:
+    """A matrix's format: the image's, unless its own is given."""
+    return Format[meta["format"].upper()] if "format" in meta else weights
+
+
+def _row_places(meta: Mapping[str, Any]) -> Index:
     """The position in k of each source row."""
     index = np.arange(meta["rows"])
     unit, pad = meta["row_unit"], meta["row_pad"]
-    places: NDArray[np.int64] = index // unit * pad + index % unit
-    return places
+    return _run(index // unit * pad + index % unit)
 
 
 def unpack_weights(image: Image) -> Lookup:
@@ -138,21 +178,23 @@ def unpack_weights(image: Image) -> Lookup:
     def lookup(name: str) -> F32:
         if name not in holders:
             raise TypebarError(f"the image holds no parameter {name!r}: compile it again from its checkpoint")
-        records = holders[name]
+        records, shape = holders[name], image.manifest.sources[name].shape
         kind = records[0].meta["kind"]
         if kind == "table":
             return _unpack_table(image, records[0], fmt)
         if kind == "vector":
-            return (
-                image.tensor(records[0].name, None).view(np.float32).reshape(image.manifest.sources[name].shape).copy()
-            )
-        out = np.zeros(image.manifest.sources[name].shape, np.float32)
+            return image.tensor(records[0].name, None).view(np.float32).reshape(shape).copy()
+        if kind == "rotary":
+            return tables.rotary_source(records[0].meta, _unpack_rows(image, records[0]), name)
+        out = np.zeros(shape, np.float32)
         for record in records:
-            if record.meta["kind"] == "bias":
-                _unpack_bias(image, record, name, out)
+            if record.meta["kind"] == "planes":
+                tables.plane_source(record.meta, _unpack_rows(image, record), record.device, out)
+            elif record.meta["kind"] == "matrix":
+                _unpack_matrix(image, record, name, out, _format(record.meta, fmt))
             else:
-                _unpack_matrix(image, record, name, out, fmt)
-        return out
+                _unpack_column_values(image, record, name, out)
+        return out.astype(np.int8) if image.manifest.sources[name].dtype == "int8" else out
 
     return lookup
 
@@ -160,10 +202,18 @@ def unpack_weights(image: Image) -> Lookup:
 def _names(meta: Mapping[str, Any]) -> Sequence[str]:
     """The source parameters whose values a tensor holds."""
     kind = meta["kind"]
-    if kind in ("table", "vector"):
+    if kind == "rotary":
+        return [meta["cos"], meta["sin"]]
+    if "segments" not in meta:
         return [meta["symbol"]]
-    key = "bias" if kind == "bias" else "weight"
+    key = "weight" if kind == "matrix" else kind
     return list(dict.fromkeys(item[key] for item in meta["segments"] if item[key] is not None))
+
+
+def _unpack_rows(image: Image, record: Any) -> F32:
+    """Rows of a float32 table."""
+    words: int = record.meta["row_bytes" if record.meta["kind"] == "rotary" else "plane_bytes"] // 4
+    return image.tensor(record.name, record.device)[: record.bytes].view(np.float32).reshape(-1, words)
 
 
 def _unpack_table(image: Image, record: Any, fmt: Format) -> F32:
@@ -173,27 +223,21 @@ def _unpack_table(image: Image, record: Any, fmt: Format) -> F32:
     return decode(np.ascontiguousarray(data[:, : meta["width"] * element]).view(f"u{element}"), fmt)
 
 
-def _unpack_bias(image: Image, record: Any, name: str, out: F32) -> None:
+def _unpack_column_values(image: Image, record: Any, name: str, out: F32) -> None:
     values = image.tensor(record.name, record.device)[: record.bytes].view(np.float32)
-    at = 0
-    for segment in _segments(record.meta):
-        if segment.bias == name:
-            for word, column, count in segment.columns(record.device):
-                out[column : column + count] = values[at + word : at + word + count]
-        at += segment.words
+    for segment, words, columns in _held(record.meta, record.device):
+        if getattr(segment, record.meta["kind"]) == name:
+            out[columns] = values[words]
 
 
 def _unpack_matrix(image: Image, record: Any, name: str, out: F32, fmt: Format) -> None:
     meta, element = record.meta, FORMAT_BYTES[fmt]
     data = np.ascontiguousarray(image.tensor(record.name, record.device)[: record.bytes])
-    local = decode(unpack(data, meta["k"], meta["words"], image.machine, element), fmt)[_row_places(meta)]
-    at = 0
-    for segment in _segments(meta):
+    raw = unpack(data, meta["k"], meta["words"], image.machine, element)[_row_places(meta)]
+    local = decode(raw.view(np.int8) if fmt is Format.INT8 else raw, fmt)
+    for segment, words, columns in _held(meta, record.device):
         if segment.weight == name:
-            for word, column, count in segment.columns(record.device):
-                part = local[:, at + word : at + word + count]
-                if segment.layout == "in_out":
-                    out[:, column : column + count] = part
-                else:
-                    out[column : column + count] = part.T
-        at += segment.words
+            if segment.layout == "in_out":
+                out[:, columns] = local[:, words]
+            else:
+                out[columns] = local[:, words].T

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from xdsl.ir import Operation
 
 from typebar.compiler import device_ir as dev
+from typebar.compiler.device_source import AttendOp
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Limits:
     column_block: int
     context: int
     devices: int
+    vectors: int = 16
 
     def round(self, words: int) -> int:
         """Words rounded up to the alignment of a vector's base."""
@@ -34,12 +36,46 @@ class Limits:
 
 
 HEADS_TOGETHER = 4
-"""Heads whose attention is computed step by step side by side: enough to cover the vector unit's latencies."""
+"""Query heads whose attention is computed step by step side by side: enough to cover the vector unit's latencies."""
 
 
-def heads_together(op: dev.AttentionOp, limits: Limits) -> int:
-    """Heads of a group; one where the context takes several blocks of positions."""
-    return min(int(op.heads.value.data), HEADS_TOGETHER) if limits.context <= limits.attention_block else 1
+@dataclass(frozen=True)
+class Rows:
+    """How the query heads of an attention are taken: `rows` of one K/V head at a time, `keys` K/V heads together.
+
+    The query heads of one K/V head take `pieces` turns, the last of which may have fewer rows.
+    """
+
+    rows: int
+    pieces: int
+    keys: int
+
+    def of_piece(self, piece: int, group: int) -> int:
+        """Rows of one turn."""
+        return min(self.rows, group - piece * self.rows)
+
+
+def positions_of(op: dev.AttentionOp | AttendOp, limits: Limits) -> int:
+    """The most positions that an attention sees."""
+    return int(op.context.value.data) if isinstance(op, AttendOp) else limits.context
+
+
+def rows_of(op: dev.AttentionOp | AttendOp, limits: Limits) -> Rows:
+    """As many query heads of a K/V head as the matrix unit takes and a quarter of the registers holds the scores of.
+
+    Those with score biases of their own come one by one, for the biases are the matrix unit's and the same in all rows.
+    """
+    context = positions_of(op, limits)
+    length = min(limits.round(context), limits.attention_block)
+    most = 1 if _own_bias(op) else max(1, min(limits.vectors, limits.words // 4 // length))
+    pieces = -(-op.group // most)
+    rows = -(-op.group // pieces)
+    together = HEADS_TOGETHER // rows if pieces == 1 and context <= limits.attention_block else 1
+    return Rows(rows, pieces, max(1, min(together, int(op.kv_heads.value.data))))
+
+
+def _own_bias(op: dev.AttentionOp | AttendOp) -> bool:
+    return op.planes is not None and op.planes.value.data > 1
 
 
 def scratch_of(op: Operation, limits: Limits, chunk: int = 0) -> Mapping[str, int]:
@@ -62,14 +98,24 @@ def _vectors(op: Operation, limits: Limits, chunk: int) -> list[dict[str, int]]:
         return [{"mean": 1, "variance": 1}]
     if isinstance(op, dev.RmsNormOp):
         return [{"variance": 1}]
-    if isinstance(op, dev.AttentionOp):
-        if limits.context > limits.attention_block:
-            running = {"running_maximum": 1, "running_sum": 1, "correction": 1, "part": int(op.pad.value.data)}
-            return [{"scale": 1, "maximum": 1, "sum": 1, "scores": limits.attention_block} | running]
-        heads = range(heads_together(op, limits))
-        each = {"maximum": 1, "sum": 1, "scores": limits.context}
-        return [{"scale": 1}, *({f"{name}{head}": words for name, words in each.items()} for head in heads)]
+    if isinstance(op, dev.AttentionOp | AttendOp):
+        return _attention(op, limits)
+    if isinstance(op, dev.RotaryOp):
+        return [{"crossed": int(op.heads.value.data) * int(op.pad.value.data)}]
     if isinstance(op, dev.HeadOp):
         everyone = {"all": limits.devices * limits.align} if limits.devices > 1 else {}
-        return [{"best": 2, "logits": chunk} | everyone]
+        piece = op.pieces[0]
+        loaded = {name: chunk for name, symbol in (("scale", piece.scale), ("bias", piece.bias)) if symbol is not None}
+        return [{"best": 2, "logits": chunk} | loaded | everyone]
     return []
+
+
+def _attention(op: dev.AttentionOp | AttendOp, limits: Limits) -> list[dict[str, int]]:
+    taken = rows_of(op, limits)
+    rows, context = taken.rows, positions_of(op, limits)
+    if context > limits.attention_block:
+        running = {name: rows for name in ("running_maximum", "running_sum", "correction")}
+        running["part"] = rows * int(op.pad.value.data)
+        return [{"scale": 1, "maximum": rows, "sum": rows, "scores": rows * limits.attention_block} | running]
+    each = {"maximum": rows, "sum": rows, "scores": rows * limits.round(context)}
+    return [{"scale": 1}, *({f"{name}{head}": words for name, words in each.items()} for head in range(taken.keys))]

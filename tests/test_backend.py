@@ -247,19 +247,19 @@ def test_weights_that_memory_cannot_hold_leave_no_file(value: float, message: st
     assert list(tmp_path.iterdir()) == []
 
 
-def test_logits_with_a_bias_are_refused_with_a_reason() -> None:
-    class Biased(torch.nn.Module):
+def test_logits_from_no_linear_operation_are_refused_with_a_reason() -> None:
+    class Normed(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.table = torch.nn.Embedding(11, 16)
-            self.head = torch.nn.Linear(16, 11)
+            self.head, self.norm = torch.nn.Linear(16, 11), torch.nn.LayerNorm(11)
 
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-            result: torch.Tensor = self.head(self.table(input_ids))
+            result: torch.Tensor = self.norm(self.head(self.table(input_ids)))
             return result
 
-    source = load_model(Biased(), {"context": 8})
-    with pytest.raises(LoweringError, match="linear operation without bias"):
+    source = load_model(Normed(), {"context": 8})
+    with pytest.raises(LoweringError, match="logits do not come from a linear operation"):
         build(source, Machine.load("tiny"), 1, Format.FP16)
 
 

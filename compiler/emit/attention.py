@@ -1,16 +1,26 @@
-"""Attention of one token, head by head, over blocks of positions.
+"""Attention of one token, some heads at a time, over blocks of positions.
 
 K and V of this token come from registers (rounded as memory rounds them) and are stored after they were used, so
 no fetch ever waits for them. One block is plain softmax; several keep a running maximum and sum (Milakov and
 Gimelshein 2018), with the same bits for a single block.
+
+Query heads that share a K/V head are rows of one matrix instruction. A window skips whole blocks of positions before
+it, and in the first one it sees all that can be skipped; sums still go over the block as a whole, zeros where it was
+skipped, so bits are those of a mask over all positions.
+
+Attention over a source text finds all K and V in their cache, this position's among them: `tbd.attend` needs no patch
+and stores nothing, for `tbd.cache` did.
 """
 
 from __future__ import annotations
 
 from typebar.compiler import device_ir as dev
+from typebar.compiler.device_source import AttendOp
 from typebar.compiler.emit.builder import R, reg
 from typebar.compiler.emit.vectors import Emission
-from typebar.compiler.scratch import heads_together
+from typebar.compiler.memory import CachePlace
+from typebar.compiler.scratch import Rows, positions_of, rows_of
+from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import FORMAT_BYTES, Function, Patch, Region, Scale, Source
 from typebar.isa.layout import packed_layout
 from typebar.isa.machine import LINE_BYTES
@@ -20,71 +30,123 @@ _WORD, _IMMEDIATE = int(Source.WORD), int(Source.IMMEDIATE)
 _KV = int(Region.KV)
 
 
-def emit_attention(e: Emission, op: dev.AttentionOp) -> None:
+class _Shape:
+    """What is the same for all heads: sizes in words, and how heads are taken."""
+
+    def __init__(self, e: Emission, op: dev.AttentionOp | AttendOp) -> None:
+        self.size, self.depth, self.pad = (int(a.value.data) for a in (op.head_dim, op.depth, op.pad))
+        self.heads, self.kv_heads, self.group = int(op.heads.value.data), int(op.kv_heads.value.data), op.group
+        self.taken: Rows = rows_of(op, e.limits)
+        context = positions_of(op, e.limits)
+        self.stored = isinstance(op, AttendOp)
+        self.length = reg(R.SOURCE if self.stored else R.LENGTH)
+        self.blocks = context > e.machine.attention_block
+        self.stride = e.machine.attention_block if self.blocks else e.limits.round(context)
+        window = None if isinstance(op, AttendOp) or op.window is None else int(op.window.value.data)
+        self.window = None if window is None or window >= context else window
+        self.q = e.address(op.q) + int(op.q_at.value.data)
+        self.k = self.v = 0
+        if not isinstance(op, AttendOp):
+            self.k, self.v = e.address(op.k) + int(op.k_at.value.data), e.address(op.v) + int(op.v_at.value.data)
+        self.out, self.bias = op.address, None if op.bias is None else e.address(op.bias)
+        self.bias_row = 0 if op.planes is None or op.planes.value.data == 1 else e.limits.round(context)
+        if self.bias is not None and self.blocks and e.machine.attention_block % e.limits.align:
+            raise TypebarError(
+                f"attention_block = {e.machine.attention_block} is no multiple of vector.align = {e.limits.align}: score "
+                "biases over several blocks need one"
+            )
+
+    def patch(self, kind: Patch, head: int, at: Operand) -> dict[str, Operand | int]:
+        """How a matrix instruction gets this position's K or V, which are not in the cache yet."""
+        if self.stored:
+            return {}
+        start = self.k if kind is Patch.COLUMN else self.v
+        return {"patch": int(kind), "patch_src": reg(R.OFFSET, start + head * self.pad), "patch_at": at}
+
+
+def emit_attention(e: Emission, op: dev.AttentionOp | AttendOp) -> None:
     """All local heads: a loop over groups of heads, the heads that no whole group takes, and K and V to the cache."""
-    build, cache = e.build, e.memory.caches[op]
-    heads, pad = int(op.heads.value.data), int(op.pad.value.data)
-    group = heads_together(op, e.limits)
-    _cache_offsets(e, op)
+    build, cache, shape = e.build, e.memory.caches[op], _Shape(e, op)
+    if not shape.stored:
+        cache_offsets(e, shape.depth, shape.size)
     scale = e.scratch(op)["scale"]
     build.add("vmov", b_from=_IMMEDIATE, imm=float_bits(op.scale.value.data), dst=scale, n=1)
-    if pad > int(op.head_dim.value.data):
+    if shape.pad > shape.size:
         build.note("words between heads meet zero weights, but must be numbers")
-        build.add("vmov", b_from=_IMMEDIATE, dst=op.address, n=heads * pad)
-    build.constant(R.OFFSET, 0)
-    start = build.line(cache.line, e.base(Region.KV))
-    build.add("sadd", rd=int(R.K_LINE), a=start, b=0)
-    whole, rest = divmod(heads, group)
+        build.add("vmov", b_from=_IMMEDIATE, dst=op.address, n=shape.heads * shape.pad)
+    if shape.window is not None and not shape.blocks:
+        _window(e, shape)
+    steps = {R.OFFSET: shape.pad}
+    if shape.group > 1:
+        steps[R.GROUP] = shape.group * shape.pad
+    if shape.bias_row:
+        steps[R.BIAS] = shape.group * shape.bias_row
+    for register in steps:
+        build.constant(register, 0)
+    start_heads(e, cache)
+    together = shape.taken.keys
+    whole, rest = divmod(shape.kv_heads, together)
+
+    def advance() -> None:
+        for register, words in steps.items():
+            build.increase(register, together * words)
+        build.increase(R.K_LINE, together * cache.head_stride)
+
     if whole > 1:
         loop = build.fresh("heads")
         build.label(loop)
-        _emit_group(e, op, group)
-        build.increase(R.OFFSET, group * pad)
-        build.increase(R.K_LINE, group * cache.head_stride)
-        build.branch("blt", loop, reg(R.OFFSET), build.any_size(whole * group * pad, R.T0))
+        _emit_group(e, op, shape, together)
+        advance()
+        build.branch("blt", loop, reg(R.OFFSET), build.any_size(whole * together * shape.pad, R.T0))
     else:
-        _emit_group(e, op, group)
+        _emit_group(e, op, shape, together)
         if rest:
-            build.increase(R.OFFSET, group * pad)
-            build.increase(R.K_LINE, group * cache.head_stride)
+            advance()
     if rest:
-        _emit_group(e, op, rest)
+        _emit_group(e, op, shape, rest)
 
 
-def _emit_group(e: Emission, op: dev.AttentionOp, count: int) -> None:
-    """`count` heads from register OFFSET and line K_LINE on."""
-    if e.limits.context <= e.machine.attention_block:
-        _single_block(e, op, count)
-    else:
-        _blocks(e, op)
-    for head in range(count):
-        _store_k(e, op, head)
-        _store_v(e, op, head)
+def start_heads(e: Emission, cache: CachePlace) -> None:
+    """K_LINE: the first head's K in this layer's cache."""
+    start = e.build.line(cache.line, e.base(Region.KV) if cache.layer_stride else R.ZERO)
+    e.build.add("sadd", rd=int(R.K_LINE), a=start, b=0)
 
 
-def _lines(e: Emission, op: dev.AttentionOp, head: int) -> tuple[Operand, Operand]:
+def _emit_group(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, count: int) -> None:
+    """`count` K/V heads from register OFFSET and line K_LINE on, with all their query heads."""
+    for piece in range(shape.taken.pieces):
+        if shape.blocks:
+            _blocks(e, op, shape, piece)
+        else:
+            _single_block(e, op, shape, piece, count)
+    for head in range(0 if shape.stored else count):
+        k_line, v_line = _lines(e, op, head)
+        store_k(e, shape.k + head * shape.pad, shape.depth, k_line)
+        k_line, v_line = _lines(e, op, head)
+        store_v(e, shape.v + head * shape.pad, shape.size, v_line)
+
+
+def _lines(e: Emission, op: dev.AttentionOp | AttendOp, head: int) -> tuple[Operand, Operand]:
     """Lines of K and of V of a head of the current group."""
     cache = e.memory.caches[op]
     k = head * cache.head_stride
     return e.build.line(k, R.K_LINE, R.T1), e.build.line(k + cache.v_offset, R.K_LINE, R.T2)
 
 
-def _parts(e: Emission, op: dev.AttentionOp) -> tuple[int, int, int]:
-    """Word addresses of head 0's q, k and v."""
-    start, step = e.address(op.qkv), int(op.heads.value.data) * int(op.pad.value.data)
-    return start, start + step, start + 2 * step
+def _query(shape: _Shape, base: int, head: int, row: int) -> Operand:
+    """Address of a query head's vector: row `row` of the group's K/V head `head`."""
+    register = R.GROUP if shape.group > 1 else R.OFFSET
+    return reg(register, base + (head * shape.group + row) * shape.pad)
 
 
-def _cache_offsets(e: Emission, op: dev.AttentionOp) -> None:
-    """Byte offsets of this position in a head's K and V."""
+def cache_offsets(e: Emission, depth: int, size: int) -> None:
+    """K_BYTE and V_BYTE: byte offsets of this position in a head's K and V."""
     build, matrix = e.build, e.machine.matrix
-    element, size = FORMAT_BYTES[e.format], int(op.head_dim.value.data)
+    element = FORMAT_BYTES[e.format]
     block = e.machine.column_block
-    k_block_bytes = packed_layout(size, block, e.machine, element, True).bytes
-    v_chunk_bytes = packed_layout(matrix.lanes, size, e.machine, element).bytes
     for register, step, whole, part in (
-        (R.K_BYTE, block, k_block_bytes, matrix.lanes * element),
-        (R.V_BYTE, matrix.lanes, v_chunk_bytes, element),
+        (R.K_BYTE, block, _k_block(e, depth), matrix.lanes * element),
+        (R.V_BYTE, matrix.lanes, _v_chunk(e, size), element),
     ):
         build.add("sshr", rd=int(register), a=reg(R.POSITION), b=step.bit_length() - 1)
         build.add("smul", rd=int(register), a=reg(register), b=build.any_size(whole, R.T0))
@@ -93,97 +155,233 @@ def _cache_offsets(e: Emission, op: dev.AttentionOp) -> None:
         build.add("sadd", rd=int(register), a=reg(register), b=reg(R.T1))
 
 
-def _single_block(e: Emission, op: dev.AttentionOp, count: int) -> None:
+def _k_block(e: Emission, depth: int) -> int:
+    """Bytes of a head's K from one column block of positions to the next."""
+    return packed_layout(depth, e.machine.column_block, e.machine, FORMAT_BYTES[e.format], True).bytes
+
+
+def _v_chunk(e: Emission, size: int) -> int:
+    """Bytes of a head's V from one chunk of `lanes` positions to the next."""
+    return packed_layout(e.machine.matrix.lanes, size, e.machine, FORMAT_BYTES[e.format]).bytes
+
+
+# Windows ------------------------------------------------------------------------------------------------
+def _window(e: Emission, shape: _Shape) -> None:
+    """SKIP: positions of the block from BLOCK on that are left out; LOW: those masked after them; lengths from there on.
+
+    Without blocks, CHUNK and V_LINE become the lines to skip in K and in V.
+    """
+    build = e.build
+    assert shape.window is not None
+    step = max(e.machine.column_block, e.machine.matrix.lanes, e.limits.align)
+    build.add("sadd", rd=int(R.T1), a=reg(R.POSITION), b=build.any_size(1 - shape.window, R.T0))
+    if shape.blocks:
+        build.add("ssub", rd=int(R.T1), a=reg(R.T1), b=reg(R.BLOCK))
+    build.add("smax", rd=int(R.T1), a=reg(R.T1), b=0)
+    build.add("sand", rd=int(R.LOW), a=reg(R.T1), b=step - 1)
+    build.add("ssub", rd=int(R.SKIP), a=reg(R.T1), b=reg(R.LOW))
+    build.add("ssub", rd=int(R.PATCH), a=reg(R.POSITION), b=reg(R.SKIP))
+    if shape.blocks:
+        build.add("ssub", rd=int(R.PATCH), a=reg(R.PATCH), b=reg(R.BLOCK))
+        build.add("ssub", rd=int(R.T0), a=e.machine.attention_block, b=reg(R.SKIP))
+        build.add("smin", rd=int(R.BLOCK_LENGTH), a=reg(R.PATCH, 1), b=reg(R.T0))
+    else:
+        build.add("sadd", rd=int(R.BLOCK_LENGTH), a=reg(R.PATCH), b=1)
+        _skipped_lines(e, shape, R.CHUNK, R.V_LINE)
+
+
+def _skipped_lines(e: Emission, shape: _Shape, k: R, v: R) -> None:
+    """Lines of K and of V that SKIP positions take."""
+    build = e.build
+    for register, step, size in (
+        (k, e.machine.column_block, _k_block(e, shape.depth)),
+        (v, e.machine.matrix.lanes, _v_chunk(e, shape.size)),
+    ):
+        build.add("sshr", rd=int(register), a=reg(R.SKIP), b=step.bit_length() - 1)
+        build.add("smul", rd=int(register), a=reg(register), b=build.any_size(size // LINE_BYTES, R.T0))
+
+
+def _seen(shape: _Shape, address: int) -> Operand:
+    """The word of a row of scores where those that are computed begin."""
+    return reg(R.SKIP, address) if shape.window is not None else Operand(0, address)
+
+
+def _clear(e: Emission, shape: _Shape, scores: int, rows: int) -> None:
+    """Weights of skipped positions are zeros in sums."""
+    if shape.window is not None:
+        for row in range(rows):
+            e.build.add("vmov", b_from=_IMMEDIATE, dst=scores + row * shape.stride, n=reg(R.SKIP))
+
+
+def _score_options(e: Emission, shape: _Shape, head: int, row: int, rows: int) -> dict[str, Operand | int]:
+    """What a score instruction has besides the product: rows, a window's mask, biases."""
+    build = e.build
+    options: dict[str, Operand | int] = {"inner": rows}
+    if rows > 1:
+        options |= {"src_inner": shape.pad, "dst_inner": shape.stride}
+    if shape.window is not None:
+        options |= {"masked": 1, "lo": reg(R.LOW), "hi": reg(R.BLOCK_LENGTH)}
+    if shape.bias is not None:
+        address = shape.bias + (head * shape.group + row) * shape.bias_row
+        parts = [r for r, used in ((R.BIAS, shape.bias_row), (R.SKIP, shape.window), (R.BLOCK, shape.blocks)) if used]
+        if len(parts) > 1:
+            build.add("sadd", rd=int(R.T0), a=reg(parts[0]), b=reg(parts[1]))
+            if len(parts) > 2:
+                build.add("sadd", rd=int(R.T0), a=reg(R.T0), b=reg(parts[2]))
+            parts = [R.T0]
+        options |= {"add_bias": 1, "bias": reg(parts[0] if parts else R.ZERO, address)}
+    return options
+
+
+# One block ----------------------------------------------------------------------------------------------
+def _single_block(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, piece: int, count: int) -> None:
     """Step by step for all heads of a group, so that one head's latency passes while the others compute."""
     build, s = e.build, e.scratch(op)
-    q, k, v = _parts(e, op)
-    size, pad = int(op.head_dim.value.data), int(op.pad.value.data)
-    length, heads = reg(R.LENGTH), range(count)
+    windowed = shape.window is not None
+    length, patch = (reg(R.BLOCK_LENGTH), reg(R.PATCH)) if windowed else (shape.length, reg(R.POSITION))
+    first, rows, heads = piece * shape.taken.rows, shape.taken.of_piece(piece, shape.group), range(count)
+    lines = [(head, row) for head in heads for row in range(rows)]
     for head in heads:
         line, _ = _lines(e, op, head)
+        if windowed:
+            build.add("sadd", rd=int(R.T1), a=line, b=reg(R.CHUNK))
+            line = reg(R.T1)
         build.add(
-            "matmul", format=int(e.format), region=_KV, full=1, patch=int(Patch.COLUMN), scaling=int(Scale.WORD),
-            row_max=1, dst=s[f"scores{head}"], src=reg(R.OFFSET, q + head * pad), k=size, n=length, line=line, outer=1,
-            inner=1, scale=s["scale"], maximum=s[f"maximum{head}"], patch_src=reg(R.OFFSET, k + head * pad),
-            patch_at=reg(R.POSITION),
+            "matmul", format=int(e.format), region=_KV, full=1, scaling=int(Scale.WORD),
+            row_max=1, dst=_seen(shape, s[f"scores{head}"]), src=_query(shape, shape.q, head, first), k=shape.depth,
+            n=length, line=line, outer=1, scale=s["scale"], maximum=s[f"maximum{head}"],
+            **shape.patch(Patch.COLUMN, head, patch), **_score_options(e, shape, head, first, rows),
         )  # fmt: skip
     for head in heads:
-        scores = s[f"scores{head}"]
-        build.add("vsub", b_from=_WORD, dst=scores, a=scores, b=s[f"maximum{head}"], n=length)
+        _clear(e, shape, s[f"scores{head}"], rows)
+    for head, row in lines:
+        scores = _seen(shape, s[f"scores{head}"] + row * shape.stride)
+        build.add("vsub", b_from=_WORD, dst=scores, a=scores, b=s[f"maximum{head}"] + row, n=length)
+    for head, row in lines:
+        scores = _seen(shape, s[f"scores{head}"] + row * shape.stride)
+        build.add("vunary", function=int(Function.EXP), dst=scores, a=scores, n=length)
+    for head, row in lines:
+        build.add("vsum", dst=s[f"sum{head}"] + row, a=s[f"scores{head}"] + row * shape.stride, n=shape.length)
     for head in heads:
-        build.add("vunary", function=int(Function.EXP), dst=s[f"scores{head}"], a=s[f"scores{head}"], n=length)
-    for head in heads:
-        build.add("vsum", dst=s[f"sum{head}"], a=s[f"scores{head}"], n=length)
-    for head in heads:
-        build.add("vunary", function=int(Function.RECIP), dst=s[f"sum{head}"], a=s[f"sum{head}"], n=1)
+        build.add("vunary", function=int(Function.RECIP), dst=s[f"sum{head}"], a=s[f"sum{head}"], n=rows)
     for head in heads:
         _, line = _lines(e, op, head)
+        if windowed:
+            build.add("sadd", rd=int(R.T2), a=line, b=reg(R.V_LINE))
+            line = reg(R.T2)
+        scaled: dict[str, int] = {"scaling": int(Scale.WORD), "scale": s[f"sum{head}"]}
         build.add(
-            "matmul", format=int(e.format), region=_KV, patch=int(Patch.LANE), scaling=int(Scale.WORD),
-            dst=reg(R.OFFSET, op.address + head * pad), src=s[f"scores{head}"], k=length, n=size, line=line, outer=1,
-            inner=1, scale=s[f"sum{head}"], patch_src=reg(R.OFFSET, v + head * pad), patch_at=reg(R.POSITION),
+            "matmul", format=int(e.format), region=_KV, dst=_query(shape, shape.out, head, first),
+            src=_seen(shape, s[f"scores{head}"]), k=length, n=shape.size, line=line, outer=1,
+            **shape.patch(Patch.LANE, head, patch), **(scaled if rows == 1 else {}),
+            **_value_rows(shape, rows, shape.pad),
         )  # fmt: skip
+    if rows > 1:
+        for head, row in lines:
+            out = _query(shape, shape.out, head, first + row)
+            build.add("vmul", b_from=_WORD, dst=out, a=out, b=s[f"sum{head}"] + row, n=shape.size)
 
 
-def _blocks(e: Emission, op: dev.AttentionOp) -> None:
-    build, s = e.build, e.scratch(op)
-    size, element, block = int(op.head_dim.value.data), FORMAT_BYTES[e.format], e.machine.attention_block
-    out = reg(R.OFFSET, op.address)
-    build.add("vmov", b_from=_IMMEDIATE, imm=float_bits(float("-inf")), dst=s["running_maximum"], n=1)
-    build.add("vmov", b_from=_IMMEDIATE, dst=s["running_sum"], n=1)
-    build.add("vmov", b_from=_IMMEDIATE, dst=out, n=size)
+def _value_rows(shape: _Shape, rows: int, pad: int) -> dict[str, int]:
+    return {"inner": rows} | ({"src_inner": shape.stride, "dst_inner": pad} if rows > 1 else {})
+
+
+# Several blocks -----------------------------------------------------------------------------------------
+def _blocks(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, piece: int) -> None:
+    build, s, block = e.build, e.scratch(op), e.machine.attention_block
+    element = FORMAT_BYTES[e.format]
+    first, rows = piece * shape.taken.rows, shape.taken.of_piece(piece, shape.group)
+    build.add("vmov", b_from=_IMMEDIATE, imm=float_bits(float("-inf")), dst=s["running_maximum"], n=rows)
+    build.add("vmov", b_from=_IMMEDIATE, dst=s["running_sum"], n=rows)
+    build.add("vmov", b_from=_IMMEDIATE, dst=_query(shape, shape.out, 0, first), n=(rows - 1) * shape.pad + shape.size)
     build.constant(R.BLOCK, 0)
     build.add("sadd", rd=int(R.CHUNK), a=reg(R.K_LINE), b=0)
     build.add("sadd", rd=int(R.V_LINE), a=reg(R.K_LINE), b=build.any_size(e.memory.caches[op].v_offset, R.T0))
+
+    def advance() -> None:
+        build.increase(R.CHUNK, packed_layout(shape.depth, block, e.machine, element, True).bytes // LINE_BYTES)
+        build.increase(R.V_LINE, packed_layout(block, shape.size, e.machine, element).bytes // LINE_BYTES)
+        build.increase(R.BLOCK, block)
+
+    if shape.window is not None:
+        seek, found = build.fresh("seek"), build.fresh("found")
+        build.note("blocks that lie before the window as a whole")
+        build.add("sadd", rd=int(R.T1), a=reg(R.POSITION), b=build.any_size(1 - shape.window, R.T0))
+        build.label(seek)
+        build.branch("blt", found, reg(R.T1), reg(R.BLOCK, block))
+        advance()
+        build.branch("beq", seek, 0, 0)
+        build.label(found)
     loop = build.fresh("block")
     build.label(loop)
-    build.add("ssub", rd=int(R.PATCH), a=reg(R.POSITION), b=reg(R.BLOCK))
-    build.add("smin", rd=int(R.BLOCK_LENGTH), a=reg(R.PATCH, 1), b=block)
-    _one_block(e, op)
-    build.increase(R.CHUNK, packed_layout(size, block, e.machine, element, True).bytes // LINE_BYTES)
-    build.increase(R.V_LINE, packed_layout(block, size, e.machine, element).bytes // LINE_BYTES)
-    build.increase(R.BLOCK, block)
-    build.branch("blt", loop, reg(R.BLOCK), reg(R.LENGTH))
-    build.add("vunary", function=int(Function.RECIP), dst=s["running_sum"], a=s["running_sum"], n=1)
-    build.add("vmul", b_from=_WORD, dst=out, a=out, b=s["running_sum"], n=size)
+    if shape.stored:
+        build.add("ssub", rd=int(R.T0), a=shape.length, b=reg(R.BLOCK))
+        build.add("smin", rd=int(R.BLOCK_LENGTH), a=reg(R.T0), b=block)
+    elif shape.window is None:
+        build.add("ssub", rd=int(R.PATCH), a=reg(R.POSITION), b=reg(R.BLOCK))
+        build.add("smin", rd=int(R.BLOCK_LENGTH), a=reg(R.PATCH, 1), b=block)
+    else:
+        _window(e, shape)
+    _one_block(e, op, shape, first, rows)
+    advance()
+    build.branch("blt", loop, reg(R.BLOCK), shape.length)
+    build.add("vunary", function=int(Function.RECIP), dst=s["running_sum"], a=s["running_sum"], n=rows)
+    for row in range(rows):
+        out = _query(shape, shape.out, 0, first + row)
+        build.add("vmul", b_from=_WORD, dst=out, a=out, b=s["running_sum"] + row, n=shape.size)
 
 
-def _one_block(e: Emission, op: dev.AttentionOp) -> None:
+def _one_block(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, first: int, rows: int) -> None:
+    """A block's scores, and its share of the running maximum, sum and result."""
     build, s = e.build, e.scratch(op)
-    q, k, v = _parts(e, op)
-    size, length, out = int(op.head_dim.value.data), reg(R.BLOCK_LENGTH), reg(R.OFFSET, op.address)
+    length = total = reg(R.BLOCK_LENGTH)
+    k_line, v_line = reg(R.CHUNK), reg(R.V_LINE)
+    if shape.window is not None:
+        _skipped_lines(e, shape, R.T1, R.T2)
+        build.add("sadd", rd=int(R.T1), a=reg(R.T1), b=k_line)
+        build.add("sadd", rd=int(R.T2), a=reg(R.T2), b=v_line)
+        k_line, v_line = reg(R.T1), reg(R.T2)
     maximum, running, correction = s["maximum"], s["running_maximum"], s["correction"]
     build.add(
-        "matmul", format=int(e.format), region=_KV, full=1, patch=int(Patch.COLUMN), scaling=int(Scale.WORD), row_max=1,
-        dst=s["scores"], src=reg(R.OFFSET, q), k=size, n=length, line=reg(R.CHUNK), outer=1, inner=1,
-        scale=s["scale"], maximum=maximum, patch_src=reg(R.OFFSET, k), patch_at=reg(R.PATCH),
+        "matmul", format=int(e.format), region=_KV, full=1, scaling=int(Scale.WORD), row_max=1,
+        dst=_seen(shape, s["scores"]), src=_query(shape, shape.q, 0, first), k=shape.depth, n=length, line=k_line,
+        outer=1, scale=s["scale"], maximum=maximum, **shape.patch(Patch.COLUMN, 0, reg(R.PATCH)),
+        **_score_options(e, shape, 0, first, rows),
     )  # fmt: skip
-    build.add("vmax", dst=maximum, a=maximum, b=running, n=1)
-    build.add("vsub", b_from=_WORD, dst=s["scores"], a=s["scores"], b=maximum, n=length)
-    build.add("vunary", function=int(Function.EXP), dst=s["scores"], a=s["scores"], n=length)
-    build.add("vsub", dst=correction, a=running, b=maximum, n=1)
-    build.add("vunary", function=int(Function.EXP), dst=correction, a=correction, n=1)
-    build.add("vmov", dst=running, b=maximum, n=1)
-    build.add("vsum", dst=s["sum"], a=s["scores"], n=length)
-    build.add("vmul", dst=s["running_sum"], a=s["running_sum"], b=correction, n=1)
-    build.add("vadd", dst=s["running_sum"], a=s["running_sum"], b=s["sum"], n=1)
+    build.add("vmax", dst=maximum, a=maximum, b=running, n=rows)
+    _clear(e, shape, s["scores"], rows)
+    seen = [_seen(shape, s["scores"] + row * shape.stride) for row in range(rows)]
+    for row, scores in enumerate(seen):
+        build.add("vsub", b_from=_WORD, dst=scores, a=scores, b=maximum + row, n=length)
+    for scores in seen:
+        build.add("vunary", function=int(Function.EXP), dst=scores, a=scores, n=length)
+    build.add("vsub", dst=correction, a=running, b=maximum, n=rows)
+    build.add("vunary", function=int(Function.EXP), dst=correction, a=correction, n=rows)
+    build.add("vmov", dst=running, b=maximum, n=rows)
+    if shape.window is not None:
+        build.add("sadd", rd=int(R.T0), a=length, b=reg(R.SKIP))
+        total = reg(R.T0)
+    for row in range(rows):
+        build.add("vsum", dst=s["sum"] + row, a=s["scores"] + row * shape.stride, n=total)
+    build.add("vmul", dst=s["running_sum"], a=s["running_sum"], b=correction, n=rows)
+    build.add("vadd", dst=s["running_sum"], a=s["running_sum"], b=s["sum"], n=rows)
     build.add(
-        "matmul", format=int(e.format), region=_KV, patch=int(Patch.LANE),
-        dst=s["part"], src=s["scores"], k=length, n=size, line=reg(R.V_LINE), outer=1, inner=1,
-        patch_src=reg(R.OFFSET, v), patch_at=reg(R.PATCH),
+        "matmul", format=int(e.format), region=_KV,
+        dst=s["part"], src=seen[0], k=length, n=shape.size, line=v_line, outer=1,
+        **shape.patch(Patch.LANE, 0, reg(R.PATCH)), **_value_rows(shape, rows, shape.pad),
     )  # fmt: skip
-    build.add("vmul", b_from=_WORD, dst=out, a=out, b=correction, n=size)
-    build.add("vadd", dst=out, a=out, b=s["part"], n=size)
+    for row in range(rows):
+        out = _query(shape, shape.out, 0, first + row)
+        build.add("vmul", b_from=_WORD, dst=out, a=out, b=correction + row, n=shape.size)
+        build.add("vadd", dst=out, a=out, b=s["part"] + row * shape.pad, n=shape.size)
 
 
-def _store_k(e: Emission, op: dev.AttentionOp, head: int) -> None:
-    """This position's K of a head of the group: one column, `lanes` elements a chunk."""
+# The cache ----------------------------------------------------------------------------------------------
+def store_k(e: Emission, k: int, depth: int, line: Operand) -> None:
+    """This position's K of the head at word `k` + R[OFFSET], to `line`: one column, `lanes` elements a chunk."""
     build, lanes, element = e.build, e.machine.matrix.lanes, FORMAT_BYTES[e.format]
-    size = int(op.head_dim.value.data)
-    k = _parts(e, op)[1] + head * int(op.pad.value.data)
-    line, _ = _lines(e, op, head)
     chunk_bytes = e.machine.column_block * lanes * element
-    whole, rest = divmod(size, lanes)
+    whole, rest = divmod(depth, lanes)
     if whole:
         build.add("store", format=int(e.format), region=_KV, a=reg(R.OFFSET, k), line=line, byte=reg(R.K_BYTE),
                   outer=whole, inner=lanes, outer_bytes=chunk_bytes, inner_bytes=element)  # fmt: skip
@@ -192,10 +390,8 @@ def _store_k(e: Emission, op: dev.AttentionOp, head: int) -> None:
                   byte=reg(R.K_BYTE, whole * chunk_bytes), outer=1, inner=rest, inner_bytes=element)  # fmt: skip
 
 
-def _store_v(e: Emission, op: dev.AttentionOp, head: int) -> None:
-    """This position's V of a head of the group: one lane of every column."""
-    v = _parts(e, op)[2] + head * int(op.pad.value.data)
-    _, line = _lines(e, op, head)
+def store_v(e: Emission, v: int, size: int, line: Operand) -> None:
+    """This position's V of the head at word `v` + R[OFFSET], to `line`: one lane of every column."""
     stride = e.machine.matrix.lanes * FORMAT_BYTES[e.format]
     e.build.add("store", format=int(e.format), region=_KV, a=reg(R.OFFSET, v), line=line, byte=reg(R.V_BYTE),
-                outer=1, inner=int(op.head_dim.value.data), inner_bytes=stride)  # fmt: skip
+                outer=1, inner=size, inner_bytes=stride)  # fmt: skip

@@ -11,11 +11,15 @@ _IMMEDIATE_LIMIT = 1 << IMMEDIATE_BITS - 1
 
 
 class R(IntEnum):
-    """Scalar registers of compiled programs. WEIGHTS to KV hold lines to add for the current layer of a loop."""
+    """Scalar registers of compiled programs. WEIGHTS to KV hold lines to add for the current layer of a loop.
+
+    SOURCE, tokens of the source text, takes the place of the number of devices, which the compiler knows.
+    LOW, SKIP and BIAS are attention's; the end of a token has other uses for them.
+    """
 
     ZERO = 0
     RANK = DEVICE_REGISTER
-    COUNT = COUNT_REGISTER
+    SOURCE = COUNT_REGISTER
     POSITION = 3
     LAST = 4
     LEFT = 5
@@ -28,6 +32,7 @@ class R(IntEnum):
     LOCAL = 12
     KV = 13
     LENGTH = 14
+    GROUP = 15
     OFFSET = 16
     K_LINE = 17
     V_LINE = 18
@@ -44,6 +49,10 @@ class R(IntEnum):
     PATCH = 29
     GENERATED = 30
     VALID = 31
+    LOW = 24
+    SKIP = 25
+    BIAS = 31
+    BYTE = 15
 
 
 def reg(register: R, immediate: int = 0) -> Operand:

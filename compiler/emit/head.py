@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from xdsl.dialects.builtin import FloatAttr, StringAttr
+
 from typebar.compiler import device_ir as dev
 from typebar.compiler.emit.builder import R, reg
 from typebar.compiler.emit.vectors import Emission
-from typebar.isa.instructions import FORMAT_BYTES, Format, Region
+from typebar.isa.instructions import FORMAT_BYTES, Format, Function, Region, Scale, Source
 from typebar.isa.layout import packed_layout
 from typebar.isa.machine import LINE_BYTES
 from typebar.isa.program import float_bits
 
-DESCRIPTOR_WORDS = {"start": 0, "count": 1, "new": 2, "eos": 3, "flags": 4, "generated": 8}
+DESCRIPTOR_WORDS = {"start": 0, "count": 1, "new": 2, "eos": 3, "flags": 4, "source": 5, "generated": 8, "encoded": 9}
 """Words of the descriptor in IO: first position, tokens given from there on, tokens to generate, end id or -1, flags
-(bit 0: write logits); the device counts the tokens it generated in `generated`."""
+(bit 0: write logits), tokens of the source text; the device counts the tokens it generated in `generated` and, when it
+has encoded it, those of the source text in `encoded`."""
 STORE_LOGITS = 1
 _IO = int(Region.IO)
 
@@ -63,7 +66,7 @@ def _signed(bits: int) -> int:
 
 def _chunk_body(e: Emission, op: dev.HeadOp, chunk: int, s: dict[str, int]) -> None:
     """Logits from word CHUNK on, and the better of their argmax and the best so far."""
-    build, element = e.build, FORMAT_BYTES[e.format]
+    build, element = e.build, FORMAT_BYTES[e.format_of(op)]
     k, words = int(op.k.value.data), op.words
     place = e.memory.places[op]
     build.add("ssub", rd=int(R.T2), a=build.any_size(words, R.T0), b=reg(R.CHUNK))
@@ -76,11 +79,18 @@ def _chunk_body(e: Emission, op: dev.HeadOp, chunk: int, s: dict[str, int]) -> N
         build.add("smul", rd=int(R.T1), a=reg(R.T1), b=block_lines)
         build.add("sadd", rd=int(R.T1), a=reg(R.T1), b=line)
         line = reg(R.T1)
+    extra = _column_values(e, op, s)
     build.note("logits")
     build.add(
-        "matmul", format=int(e.format), region=int(Region.WEIGHTS), dst=s["logits"], src=e.address(op.x),
-        k=k, n=reg(R.T2), line=line, outer=1, inner=1,
+        "matmul", format=int(e.format_of(op)), region=int(Region.WEIGHTS), dst=s["logits"], src=e.address(op.x),
+        k=k, n=reg(R.T2), line=line, outer=1, inner=1, **extra,
     )  # fmt: skip
+    for step in op.steps or ():
+        if isinstance(step, StringAttr):
+            build.add("vunary", function=int(Function[step.data.upper()]), dst=s["logits"], a=s["logits"], n=reg(R.T2))
+        elif isinstance(step, FloatAttr):
+            build.add("vmul", dst=s["logits"], a=s["logits"], n=reg(R.T2), b_from=int(Source.IMMEDIATE),
+                      imm=float_bits(step.value.data))  # fmt: skip
     skip = build.fresh("unread")
     build.add("sand", rd=int(R.T1), a=reg(R.FLAGS), b=STORE_LOGITS)
     build.branch("beq", skip, reg(R.T1), 0)
@@ -95,6 +105,20 @@ def _chunk_body(e: Emission, op: dev.HeadOp, chunk: int, s: dict[str, int]) -> N
     build.add("sadd", rd=int(R.T2), a=reg(R.T2), b=reg(R.CHUNK))
     build.add("vargmax", dst=s["best"], a=s["logits"], n=reg(R.T1), base=reg(R.T2))
     _take_if_better(e, s["best"])
+
+
+def _column_values(e: Emission, op: dev.HeadOp, s: dict[str, int]) -> dict[str, int]:
+    """Load the chunk's scales and biases; what the product does with them."""
+    build, options = e.build, dict[str, int]()
+    for name, option in (("scale", {"scaling": int(Scale.COLUMN)}), ("bias", {"add_bias": 1})):
+        place = e.memory.places.get((op, name))
+        if place is None:
+            continue
+        build.add("sshl", rd=int(R.BYTE), a=reg(R.CHUNK), b=2)
+        build.add("load", format=int(Format.FP32), region=int(place.region), dst=s[name], byte=reg(R.BYTE), n=reg(R.T2),
+                  line=build.line(place.line, R.ZERO))  # fmt: skip
+        options |= option | {name: s[name]}
+    return options
 
 
 def _take_if_better(e: Emission, pair: int, base: R = R.ZERO) -> None:

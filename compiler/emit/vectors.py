@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from xdsl.ir import Block, Operation, SSAValue
+from xdsl.ir import Block, BlockArgument, Operation, SSAValue
 
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
 from typebar.compiler.emit.builder import Builder, R, reg
-from typebar.compiler.memory import MemoryPlan
+from typebar.compiler.memory import MemoryPlan, Place
 from typebar.compiler.scratch import Limits, scratch_of
-from typebar.isa.instructions import Activation, Format, Function, Region, Source
+from typebar.isa.instructions import FORMAT_BYTES, Activation, Format, Function, Region, Scale, Source
 from typebar.isa.machine import LINE_BYTES, Machine
-from typebar.isa.program import float_bits
+from typebar.isa.program import Operand, float_bits
 
 REGION_REGISTER = {Region.WEIGHTS: R.WEIGHTS, Region.PARAMS: R.PARAMS, Region.LOCAL: R.LOCAL, Region.KV: R.KV}
 
@@ -41,6 +42,14 @@ class Emission:
         """The register with the current layer's offset in a region."""
         return REGION_REGISTER[region] if self.in_loop else R.ZERO
 
+    def format_of(self, op: dev.MatrixOp | dev.HeadOp) -> Format:
+        """The format of a product's weights."""
+        return Format.INT8 if op.int8 else self.format
+
+    def base_of(self, place: Place) -> R:
+        """The register with the current layer's offset of a place; what all layers share lies still."""
+        return self.base(place.region) if place.stride else R.ZERO
+
     def scratch(self, op: Operation, chunk: int = 0) -> dict[str, int]:
         """Word addresses of an operation's scratch vectors."""
         start = int(op.properties["scratch"].value.data)  # type: ignore[attr-defined]
@@ -50,21 +59,75 @@ class Emission:
 def emit_lookup(e: Emission, op: dev.LookupOp) -> None:
     """Embedding row of the token or of the position."""
     place = e.memory.places[op]
-    plan = next(p for p in e.memory.plans if p.region is Region.PARAMS and p.meta.get("symbol") == ir.text(op.table))
-    row_lines = plan.meta["row_bytes"] // LINE_BYTES
-    arguments = list(e.program.body.block.args)
-    index = R.TOKEN if op.index is arguments[0] else R.POSITION
+    row_lines = -(-ir.width(op.out) * FORMAT_BYTES[e.format] // LINE_BYTES)
+    assert isinstance(op.index, BlockArgument)
+    index = R.TOKEN if op.index.index == 0 else R.POSITION
     e.build.add("smul", rd=int(R.T1), a=reg(index, op.offset.value.data), b=row_lines)
-    e.build.increase(R.T1, place.line)
+    _row_line(e, place)
     e.build.add(
         "load", format=int(e.format), region=int(Region.PARAMS), dst=op.address, line=reg(R.T1), n=ir.width(op.out)
     )
 
 
+def _row_line(e: Emission, place: Place) -> None:
+    """Add a table's line to T1."""
+    e.build.increase(R.T1, place.line)
+    if e.base_of(place) is not R.ZERO:
+        e.build.add("sadd", rd=int(R.T1), a=reg(R.T1), b=reg(e.base_of(place)))
+
+
+def emit_rotary_row(e: Emission, op: dev.RotaryRowOp) -> None:
+    """This position's rotary factors."""
+    place, words = e.memory.places[op], ir.width(op.out)
+    e.build.add("smul", rd=int(R.T1), a=reg(R.POSITION), b=-(-words * 4 // LINE_BYTES))
+    _row_line(e, place)
+    e.build.add("load", format=int(Format.FP32), region=int(place.region), dst=op.address, line=reg(R.T1), n=words)
+
+
+def emit_score_bias(e: Emission, op: dev.ScoreBiasOp) -> None:
+    """This position's row of each plane, as far as attention sees."""
+    build, place = e.build, e.memory.places[op]
+    context, kind = int(op.context.value.data), op.kind.data
+    plane_lines = -(-4 * math.prod(op.shape) // LINE_BYTES)
+    byte: Operand | int = 0
+    if kind == "relative":
+        build.add("ssub", rd=int(R.T2), a=build.any_size(context - 1, R.T0), b=reg(R.POSITION))
+        build.add("sshl", rd=int(R.T2), a=reg(R.T2), b=2)
+        byte = reg(R.T2)
+    elif kind == "table":
+        build.add("smul", rd=int(R.T2), a=reg(R.POSITION), b=build.any_size(4 * context, R.T0))
+        byte = reg(R.T2)
+    for plane in range(int(op.planes.value.data)):
+        line = build.line(place.line + plane * plane_lines, e.base_of(place))
+        build.add(
+            "load", format=int(Format.FP32), region=int(place.region), dst=op.address + plane * int(op.row.value.data),
+            line=line, byte=byte, n=reg(R.LENGTH),
+        )  # fmt: skip
+
+
+def emit_rotary(e: Emission, op: dev.RotaryOp) -> None:
+    """Each head times the factors, plus its exchanged halves times the crossed factors."""
+    build, x, row, y = e.build, e.address(op.x), e.address(op.row), op.address
+    heads, half, pad = (int(a.value.data) for a in (op.heads, op.half, op.pad))
+    crossed = e.scratch(op)["crossed"]
+    if pad > 2 * half:
+        build.add("vmov", b_from=int(Source.IMMEDIATE), dst=crossed, n=heads * pad)
+    for at in range(0, heads * pad, pad):
+        build.add("vmul", dst=y + at, a=x + at, b=row, n=pad)
+        build.add("vmul", dst=crossed + at, a=x + at + half, b=row + pad, n=half)
+        build.add("vmul", dst=crossed + at + half, a=x + at, b=row + pad + half, n=half)
+    build.add("vadd", dst=y, a=y, b=crossed, n=heads * pad)
+
+
+def emit_copy(e: Emission, op: dev.CopyOp) -> None:
+    """Words as they are."""
+    e.build.add("vmov", dst=op.address, b=e.address(op.x) + int(op.start.value.data), n=op.count)
+
+
 def emit_load(e: Emission, op: dev.ParamOp | dev.BiasOp) -> None:
     """A float32 vector from PARAMS or LOCAL."""
     place = e.memory.places[op]
-    line = e.build.line(place.line, e.base(place.region))
+    line = e.build.line(place.line, e.base_of(place))
     e.build.add(
         "load", format=int(Format.FP32), region=int(place.region), dst=op.address, line=line, n=ir.width(op.out)
     )
@@ -73,14 +136,16 @@ def emit_load(e: Emission, op: dev.ParamOp | dev.BiasOp) -> None:
 def emit_matrix(e: Emission, op: dev.MatrixOp) -> None:
     """One matrix instruction with its epilogue."""
     place = e.memory.places[op]
-    line = e.build.line(place.line, e.base(Region.WEIGHTS))
+    line = e.build.line(place.line, e.base_of(place))
     extra: dict[str, int] = {}
+    if op.scale is not None:
+        extra |= {"scaling": int(Scale.COLUMN), "scale": e.address(op.scale)}
     if op.bias is not None:
         extra |= {"add_bias": 1, "bias": e.address(op.bias)}
     if op.activation is not None:
         extra["activation"] = int(Activation[op.activation.data.upper()])
     e.build.add(
-        "matmul", format=int(e.format), region=int(Region.WEIGHTS), dst=op.address, src=e.address(op.x),
+        "matmul", format=int(e.format_of(op)), region=int(Region.WEIGHTS), dst=op.address, src=e.address(op.x),
         k=int(op.k.value.data), n=op.words, line=line, outer=1, inner=1, **extra,
     )  # fmt: skip
 
@@ -107,7 +172,8 @@ def emit_layer_norm(e: Emission, op: dev.LayerNormOp) -> None:
     build.add("vadd", dst=variance, a=variance, n=1, **_immediate(op.eps.value.data))
     build.add("vunary", function=int(Function.RSQRT), dst=variance, a=variance, n=1)
     build.add("vmul", b_from=word, dst=y, a=y, b=variance, n=n)
-    build.add("vmul", dst=y, a=y, b=e.address(op.weight), n=n)
+    if op.weight is not None:
+        build.add("vmul", dst=y, a=y, b=e.address(op.weight), n=n)
     if op.bias is not None:
         build.add("vadd", dst=y, a=y, b=e.address(op.bias), n=n)
 
@@ -121,7 +187,8 @@ def emit_rms_norm(e: Emission, op: dev.RmsNormOp) -> None:
     build.add("vadd", dst=variance, a=variance, n=1, **_immediate(op.eps.value.data))
     build.add("vunary", function=int(Function.RSQRT), dst=variance, a=variance, n=1)
     build.add("vmul", b_from=int(Source.WORD), dst=y, a=x, b=variance, n=n)
-    build.add("vmul", dst=y, a=y, b=e.address(op.weight), n=n)
+    if op.weight is not None:
+        build.add("vmul", dst=y, a=y, b=e.address(op.weight), n=n)
 
 
 def emit_pair(e: Emission, op: dev.AddOp | dev.MulOp) -> None:

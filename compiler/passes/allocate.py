@@ -17,6 +17,7 @@ from xdsl.passes import ModulePass
 
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
+from typebar.compiler.device_source import PhaseOp, SourceOp
 from typebar.compiler.scratch import Limits, scratch_of
 from typebar.isa.errors import TypebarError
 
@@ -34,6 +35,7 @@ class AllocatePass(ModulePass):
     segment: int = 2048
     attention_block: int = 1024
     column_block: int = 512
+    vectors: int = 16
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         """Set `at` and `scratch` everywhere, the head's `chunk` and the program's `step`.
@@ -42,22 +44,24 @@ class AllocatePass(ModulePass):
             AllocationError: nothing fits, even with the smallest chunk of logits and the tightest packing.
         """
         for program in op.body.block.ops:
-            if isinstance(program, dev.ProgramOp):
+            if isinstance(program, dev.ProgramOp | SourceOp):
                 self._program(program)
 
-    def _program(self, program: dev.ProgramOp) -> None:
+    def _program(self, program: dev.ProgramOp | SourceOp) -> None:
         align, context, devices = (int(a.value.data) for a in (program.align, program.context, program.devices))
         head = program.body.block.last_op
-        assert isinstance(head, dev.HeadOp)
         lowest = 0
-        for chunk in _chunks(head.words, self.column_block):
+        for chunk in _chunks(head.words, self.column_block) if isinstance(head, dev.HeadOp) else (0,):
             for step in (self.segment, align):
-                limits = Limits(self.words, align, step, self.attention_block, self.column_block, context, devices)
+                limits = Limits(
+                    self.words, align, step, self.attention_block, self.column_block, context, devices, self.vectors
+                )
                 slots = _collect(program, limits, chunk)
                 lowest = _place(slots, step)
                 if lowest <= self.words:
                     _record(slots)
-                    head.chunk = ir.number(chunk)
+                    if isinstance(head, dev.HeadOp):
+                        head.chunk = ir.number(chunk)
                     program.step = ir.number(step)
                     return
         raise AllocationError(
@@ -88,7 +92,7 @@ class _Slot:
     at: int = 0
 
 
-def _collect(program: dev.ProgramOp, limits: Limits, chunk: int) -> list[_Slot]:
+def _collect(program: dev.ProgramOp | SourceOp, limits: Limits, chunk: int) -> list[_Slot]:
     order: dict[Operation, tuple[int, int]] = {}
     _number(program.body.block, order, 0)
     slots: dict[SSAValue, _Slot] = {}
@@ -109,6 +113,8 @@ def _collect(program: dev.ProgramOp, limits: Limits, chunk: int) -> list[_Slot]:
             if isinstance(op, ir.RepeatOp):
                 _loop_slots(op, order, slots, slot)
                 visit(op.body.block)
+            elif isinstance(op, PhaseOp):
+                visit(op.body.block)
             for value in op.operands:
                 use(value, _seen_from(value, op, order))
             if not isinstance(op, ir.RepeatOp):
@@ -127,7 +133,7 @@ def _number(block: Block, order: dict[Operation, tuple[int, int]], count: int) -
     """Number operations in program order; a loop spans its body."""
     for op in block.ops:
         first = count = count + 1
-        if isinstance(op, ir.RepeatOp):
+        if isinstance(op, ir.RepeatOp | PhaseOp):
             count = _number(op.body.block, order, count) + 1
         order[op] = (first, count)
     return count

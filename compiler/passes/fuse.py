@@ -17,6 +17,8 @@ from xdsl.rewriter import Rewriter
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
 
+_LOADS = dev.ParamOp | dev.BiasOp | dev.RotaryRowOp | dev.ScoreBiasOp
+
 
 @dataclass(frozen=True)
 class FusePass(ModulePass):
@@ -63,7 +65,7 @@ def _rebuilt(
     matrix: dev.MatrixOp, bias: SSAValue | None, activation: str | None, user: dev.AddOp | dev.ActivationOp
 ) -> dev.MatrixOp:
     k, unit, pad = (int(a.value.data) for a in (matrix.k, matrix.row_unit, matrix.row_pad))
-    made = dev.MatrixOp(matrix.x, matrix.pieces, k, unit, pad, bias, activation)
+    made = dev.MatrixOp(matrix.x, matrix.pieces, k, unit, pad, matrix.scale, bias, activation)
     made.attributes.update(matrix.attributes)
     made.out.name_hint = user.out.name_hint or matrix.out.name_hint
     block = matrix.parent_block()
@@ -76,11 +78,11 @@ def _rebuilt(
 
 
 def _place_loads(block: Block, hoist: bool) -> None:
-    loads = [op for op in block.ops if isinstance(op, dev.ParamOp | dev.BiasOp)]
+    loads = [op for op in block.ops if isinstance(op, _LOADS)]
     for load in reversed(loads) if hoist else loads:
         first = block.first_op
         if not hoist:
-            users = {use.operation for use in load.out.uses}
+            users = {block.find_ancestor_op_in_block(use.operation) for use in load.out.uses}
             first = next(op for op in block.ops if op in users)
         assert first is not None
         if first is not load:

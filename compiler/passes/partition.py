@@ -8,6 +8,8 @@ attention, column-wise products, all-gather without arithmetic).
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from xdsl.context import Context
@@ -18,7 +20,17 @@ from xdsl.rewriter import Rewriter
 
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
+from typebar.compiler.passes.partition_attention import (
+    Columns,
+    columns_of,
+    feeds_attention,
+    part_of,
+    segment_of,
+    self_attention,
+)
+from typebar.compiler.passes.partition_source import MemorySide, cross_attention
 from typebar.compiler.problems import LoweringError, Problem, keep_name, node_name
+from typebar.isa.errors import TypebarError
 
 
 @dataclass(frozen=True)
@@ -39,71 +51,110 @@ class _Share:
 
 @dataclass(frozen=True)
 class PartitionPass(ModulePass):
-    """Split a `tb.step` over `devices`; `align` is the register alignment in words."""
+    """Split a `tb.step` over `devices`; `align` is the register alignment in words.
+
+    `shape` gives the shapes of parameters; without it score biases are taken to have a plane for each head.
+    """
 
     name = "partition"
     devices: int = 1
     align: int = 16
+    shape: Callable[[str], tuple[int, ...]] | None = None
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
-        """Replace every `tb.step` by a `tbd.program`.
+        """Replace every `tb.step` by a `tbd.program`, and an encoder before it by a `tbd.source`.
 
         Raises:
             LoweringError: naming every operation that this machine has no form for.
         """
+        encoder = next((item for item in op.body.block.ops if isinstance(item, ir.EncoderOp)), None)
         for step in [item for item in op.body.block.ops if isinstance(item, ir.StepOp)]:
             block = Block(arg_types=[IndexType(), IndexType()])
-            worker = _Partitioner(self.devices, self.align)
+            worker = _Partitioner(self.devices, self.align, self.shape)
+            problems: list[Problem] = []
+            if encoder is not None:
+                worker.memory = MemorySide(step, encoder)
+                first = _Partitioner(self.devices, self.align, self.shape)
+                source = worker.memory.source(first)
+                problems += first.problems
             worker.step(step, block)
-            if worker.problems:
-                raise LoweringError(worker.problems)
+            problems += worker.problems
+            if problems:
+                raise LoweringError(problems)
+            if encoder is not None:
+                Rewriter.replace_op(encoder, source, [])
             vocab, context = step.vocab.value.data, step.context.value.data
             made = dev.ProgramOp(vocab, context, self.devices, self.align, Region(block))
             Rewriter.replace_op(step, made, [])
 
 
 class _Partitioner:
-    def __init__(self, devices: int, align: int) -> None:
+    def __init__(self, devices: int, align: int, shape: Callable[[str], tuple[int, ...]] | None = None) -> None:
         self.devices = devices
         self.align = align
+        self.shape = shape
+        self.context = 0
+        self.loop: ir.RepeatOp | None = None
+        self.outside: Block | None = None
+        self.made: dict[tuple[object, ...], SSAValue] = {}
         self.shares: dict[SSAValue, _Share] = {}
         self.whole: dict[SSAValue, _Share] = {}
         self.indices: dict[SSAValue, SSAValue] = {}
         self.problems: list[Problem] = []
         self.block = Block()
+        self.memory: MemorySide | None = None
+        self.encodes = False
 
     # Structure ------------------------------------------------------------------------------------------
     def step(self, step: ir.StepOp, block: Block) -> None:
         self.block = block
-        for old, new in zip(step.body.block.args, block.args, strict=True):
+        for old, new in zip(step.body.block.args[:2], block.args, strict=True):
             self.indices[old] = new
+        self.context = step.context.value.data
         last = step.body.block.last_op
         assert isinstance(last, ir.ReturnOp)
-        final = last.values[0].owner
+        final, chain, steps = last.values[0].owner, set[Operation](), list[float | str]()
+        while isinstance(final, ir.ScaleOp | ir.ActivationOp):
+            chain.add(final)
+            steps.insert(0, final.value.value.data if isinstance(final, ir.ScaleOp) else final.kind.data)
+            final = final.x.owner
         for op in step.body.block.ops:
-            if op is not final and op is not last:
+            if op is not final and op is not last and op not in chain:
                 self.visit(op)
-        if not isinstance(final, ir.LinearOp) or final.bias is not None:
-            self.refuse(last, "the logits do not come straight from a linear operation without bias",
+        if not isinstance(final, ir.LinearOp):
+            self.refuse(last, "the logits do not come from a linear operation, with scales and activations after it",
                         "end the model with such a head")  # fmt: skip
             return
         if self.problems:
             return
         source = self.replicated(final.x)
         segment = self.segment(final, 0, ir.width(final.out), self.align, self.align)
-        self.add(dev.HeadOp(source.value, segment, source.k, source.unit, source.pad), final)
+        self.add(dev.HeadOp(source.value, segment, source.k, source.unit, source.pad, steps), final)
 
     def visit(self, op: Operation) -> None:
-        feeds_attention = op.results and any(_feeds_attention(result) for result in op.results)
-        if isinstance(op, ir.SliceOp | ir.LinearOp) and feeds_attention:
+        if self.memory is not None and op in self.memory.operations:
             return
-        if self.problems and any(v not in self.shares and v not in self.indices for v in op.operands):
+        if isinstance(op, ir.SliceOp | ir.LinearOp | ir.RotaryOp | ir.ScaleOp) and self.comes_later(op):
+            return
+        if self.problems and not all(self.known(value) for value in op.operands):
             return
         handler = getattr(self, f"on_{op.name.removeprefix('tb.')}", None)
         if handler is None:
             self.refuse(op, f"{op.name} has no form on this machine", "express it with supported operations")
         else:
             handler(op)
+
+    def comes_later(self, op: ir.SliceOp | ir.LinearOp | ir.RotaryOp | ir.ScaleOp) -> bool:
+        """Whether an operation is computed where its result is used: by attention, or slice by slice."""
+        users = [use.operation for use in op.out.uses]
+        if isinstance(op, ir.LinearOp) and users and all(isinstance(user, ir.SliceOp) for user in users):
+            return True
+        return feeds_attention(op.out) and part_of(op.out) is not None
+
+    def known(self, value: SSAValue) -> bool:
+        """Whether a value has a form already, or gets one where it is used."""
+        made_there = isinstance(value.owner, ir.ParameterOp) or part_of(value) is not None
+        return value in self.shares or value in self.indices or made_there
 
     def refuse(self, op: Operation, reason: str, remedy: str) -> None:
         self.problems.append(Problem(node_name(op), reason, remedy))
@@ -120,14 +171,56 @@ class _Partitioner:
         assert value is not None
         self.shares[old.results[0]] = _Share(value, *share)
 
+    def share(self, value: SSAValue) -> _Share:
+        """What is known of a value; a parameter is loaded whole."""
+        owner = value.owner
+        if isinstance(owner, ir.ParameterOp):
+            size = ir.width(value)
+            return _Share(self.param(ir.text(owner.source), size), size, 1, 1, False)
+        return self.shares[value]
+
+    def once(self, key: tuple[object, ...], names: Sequence[str], make: Callable[[], Operation]) -> SSAValue:
+        """The result of an operation that is the same in all layers, made before the loop unless it has templates."""
+        inside = any("{" in name for name in names)
+        if key not in self.made or inside:
+            block = self.block if inside or self.outside is None else self.outside
+            made = make()
+            block.add_op(made)
+            made.results[0].name_hint = _hint(names[0])
+            self.made[key] = made.results[0]
+        return self.made[key]
+
+    @property
+    def position(self) -> SSAValue:
+        """The position of the token."""
+        return list(self.indices.values())[1]
+
+    def planes(self, name: str, heads: int) -> int:
+        """Planes of a table of score biases; raises TypebarError unless there is one, or one for each head."""
+        if self.shape is None:
+            return heads
+        layer = 0 if self.loop is None else self.loop.start.value.data
+        shape = self.shape(ir.layer_name(name, layer, 0))
+        if shape[0] not in (1, heads):
+            raise TypebarError(
+                f"the score bias {name!r} has {shape[0]} planes: it needs 1 or {heads}, one for each head"
+            )
+        return shape[0]
+
+    def rounded(self, words: int) -> int:
+        """Words rounded up to the register alignment."""
+        return -(-words // self.align) * self.align
+
     def replicated(self, value: SSAValue) -> _Share:
         """The whole value on every device, gathered once."""
-        share = self.shares[value]
+        share = self.share(value)
         if not share.split or self.devices == 1:
             return share
         if value not in self.whole:
             gather = dev.GatherOp(share.value, self.devices)
-            self.block.add_op(gather)
+            home = share.value.owner.parent_block() if isinstance(share.value.owner, Operation) else self.block
+            assert home is not None
+            home.add_op(gather)
             gather.out.name_hint = f"{share.value.name_hint or 'x'}_all"
             self.whole[value] = _Share(gather.out, share.size, share.unit, share.pad, False)
         return self.whole[value]
@@ -140,11 +233,17 @@ class _Partitioner:
                         "put a linear operation between attention and it")  # fmt: skip
         return share
 
+    def exact(self, value: SSAValue, op: Operation) -> SSAValue:
+        """The whole value in exactly its own words: gathered products may be longer."""
+        share = self.dense(value, op)
+        if ir.width(share.value) == share.size:
+            return share.value
+        made = dev.CopyOp(share.value, 0, share.size)
+        self.block.add_op(made)
+        return made.out
+
     def segment(self, op: ir.LinearOp, start: int, size: int, unit: int, pad: int) -> dev.Segment:
-        units = -(-size // unit)
-        per_device = -(-units // self.devices)
-        bias = None if op.bias is None else ir.text(op.bias)
-        return dev.Segment(ir.text(op.weight), op.layout.data, bias, start, size, unit, pad, per_device)
+        return segment_of(self, Columns(op, start, size, size, size), unit, pad)
 
     # Operations -----------------------------------------------------------------------------------------
     def on_embedding(self, op: ir.EmbeddingOp) -> None:
@@ -159,23 +258,41 @@ class _Partitioner:
         self.binary(op, dev.MulOp)
 
     def binary(self, op: ir.AddOp | ir.MulOp, kind: type[dev.AddOp] | type[dev.MulOp]) -> None:
-        left, right = self.shares[op.lhs], self.shares[op.rhs]
-        same = (left.split, left.unit, left.pad) == (right.split, right.unit, right.pad)
-        if left.split and same:
+        lhs, rhs = op.lhs, op.rhs
+        if isinstance(lhs.owner, ir.ParameterOp):
+            lhs, rhs = rhs, lhs
+        left = self.share(lhs)
+        right = self.local_parameter(rhs, left) if left.split else None
+        right = right or self.share(rhs)
+        same = (left.unit, left.pad, ir.width(left.value)) == (right.unit, right.pad, ir.width(right.value))
+        if left.split and right.split and same:
             words = ir.width(left.value)
             self.keep(kind(left.value, right.value, words), op, (left.size, left.unit, left.pad, True))
             return
-        left, right = self.dense(op.lhs, op), self.dense(op.rhs, op)
+        left, right = self.dense(lhs, op), self.dense(rhs, op)
         self.keep(kind(left.value, right.value, left.size), op, (left.size, 1, 1, False))
 
+    def local_parameter(self, value: SSAValue, like: _Share) -> _Share | None:
+        """This device's share of a parameter that meets a split value; None for any other value."""
+        if not isinstance(value.owner, ir.ParameterOp):
+            return None
+        name, words = ir.text(value.owner.source), ir.width(like.value)
+        unit, pad = (self.align, self.align) if like.unit == like.pad else (like.unit, like.pad)
+        made = dev.BiasOp([dev.Segment(name, "in_out", name, 0, like.size, unit, pad, words // pad)])
+        self.block.add_op(made)
+        return _Share(made.out, like.size, like.unit, like.pad, True)
+
+    def on_parameter(self, op: ir.ParameterOp) -> None:
+        """Loaded where it is used: whole, or a device's share of it."""
+
     def on_scale(self, op: ir.ScaleOp) -> None:
-        share = self.shares[op.x]
+        share = self.share(op.x)
         words = ir.width(share.value)
         made = dev.ScaleOp(share.value, op.value.value.data, words)
         self.keep(made, op, (share.size, share.unit, share.pad, share.split))
 
     def on_activation(self, op: ir.ActivationOp) -> None:
-        share = self.shares[op.x]
+        share = self.share(op.x)
         words = ir.width(share.value)
         made = dev.ActivationOp(share.value, op.kind.data, words)
         self.keep(made, op, (share.size, share.unit, share.pad, share.split))
@@ -183,29 +300,30 @@ class _Partitioner:
     def param(self, name: str, size: int) -> SSAValue:
         made = dev.ParamOp(name, size)
         self.block.add_op(made)
-        made.out.name_hint = name.replace(".{}", "").replace(".", "_")
+        made.out.name_hint = _hint(name)
         return made.out
 
     def on_layer_norm(self, op: ir.LayerNormOp) -> None:
         source = self.dense(op.x, op)
-        if op.weight is None:
-            return self.refuse(op, "the norm has no weight", "give it one")
-        weight = self.param(ir.text(op.weight), source.size)
+        weight = None if op.weight is None else self.param(ir.text(op.weight), source.size)
         bias = None if op.bias is None else self.param(ir.text(op.bias), source.size)
         made = dev.LayerNormOp(source.value, weight, bias, op.eps.value.data, source.size)
         self.keep(made, op, (source.size, 1, 1, False))
 
     def on_rms_norm(self, op: ir.RmsNormOp) -> None:
         source = self.dense(op.x, op)
-        if op.weight is None:
-            return self.refuse(op, "the norm has no weight", "give it one")
-        weight = self.param(ir.text(op.weight), source.size)
+        weight = None if op.weight is None else self.param(ir.text(op.weight), source.size)
         self.keep(dev.RmsNormOp(source.value, weight, op.eps.value.data, source.size), op, (source.size, 1, 1, False))
 
     def product(self, x: SSAValue, segments: list[dev.Segment], op: Operation) -> SSAValue:
         """The matrix operation and, apart, the addition of its biases."""
         source = self.replicated(x)
-        matrix = dev.MatrixOp(source.value, segments, source.k, source.unit, source.pad)
+        scale = None
+        if any(item.scale is not None for item in segments):
+            scales = dev.BiasOp(segments, scales=True)
+            self.block.add_op(scales)
+            scale = scales.out
+        matrix = dev.MatrixOp(source.value, segments, source.k, source.unit, source.pad, scale)
         value = self.add(matrix, op)
         assert value is not None
         if any(item.bias is not None for item in segments):
@@ -224,47 +342,34 @@ class _Partitioner:
         self.shares[op.out] = _Share(value, size, 1, 1, True)
 
     def on_slice(self, op: ir.SliceOp) -> None:
-        self.refuse(op, "a slice is only taken for attention's q, k and v", "split the weight instead")
+        """Of a product, a product of the columns; of anything else, a copy."""
+        columns = columns_of(op.out)
+        if columns is not None:
+            value = self.product(columns.linear.x, [segment_of(self, columns, self.align, self.align)], op)
+            self.shares[op.out] = _Share(value, columns.size, 1, 1, True)
+            return
+        start, size, run = op.start.value.data, op.size.value.data, op.runs[0]
+        if run != size or start % self.align:
+            self.refuse(op, f"it takes runs of {run} from {start} on of a value that is no product, and registers are"
+                        f" read from multiples of {self.align} on", "slice a linear operation's result")  # fmt: skip
+            return
+        self.keep(dev.CopyOp(self.dense(op.x, op).value, start, size), op, (size, 1, 1, False))
+
+    def on_rotary(self, op: ir.RotaryOp) -> None:
+        self.refuse(op, "it turns a value that is no product, or not for attention alone",
+                    "turn the results of the linear operations that make q and k")  # fmt: skip
+
+    def on_cross_attention(self, op: ir.CrossAttentionOp) -> None:
+        assert self.memory is not None
+        cross_attention(self, op, self.memory.caches[op], self.memory.context)
 
     def on_attention(self, op: ir.AttentionOp) -> None:
-        heads, kv_heads, head_dim = (a.value.data for a in (op.heads, op.kv_heads, op.head_dim))
-        if op.mask is None or op.mask.data != "causal":
-            kind = "unclassified" if op.mask is None else op.mask.data
-            self.refuse(op, f"the mask is {kind}", "only causal attention has a form on this machine yet")
-            return
-        if kv_heads != heads:
-            self.refuse(op, f"{heads} query heads share {kv_heads} key heads",
-                        "only one key head per query head has a form on this machine yet")  # fmt: skip
-            return
-        pad = -(-head_dim // self.align) * self.align
-        parts = [self.attention_part(value, head_dim, pad, op) for value in (op.q, op.k, op.v)]
-        found = [part for part in parts if part is not None]
-        if len(found) < 3:
-            return
-        if len({id(source) for source, _ in found}) > 1:
-            self.refuse(op, "q, k and v come from different values", "only self-attention has a form here yet")
-            return
-        qkv = self.product(found[0][0], [segment for _, segment in found], op)
-        local = found[0][1].per_device
-        made = dev.AttentionOp(qkv, local, head_dim, pad, op.scale.value.data)
-        self.keep(made, op, (heads * head_dim, head_dim, pad, True))
-
-    def attention_part(
-        self, value: SSAValue, head_dim: int, pad: int, op: Operation
-    ) -> tuple[SSAValue, dev.Segment] | None:
-        """The linear operation, and the columns of it, that make q, k or v."""
-        start, size, owner = 0, ir.width(value), value.owner
-        if isinstance(owner, ir.SliceOp):
-            start, owner = owner.start.value.data, owner.x.owner
-        if not isinstance(owner, ir.LinearOp):
-            self.refuse(op, "q, k or v is not a linear operation's result, or a slice of one",
-                        "only such attention has a form on this machine yet")  # fmt: skip
-            return None
-        return owner.x, self.segment(owner, start, size, head_dim, pad)
+        self_attention(self, op)
 
     def on_repeat(self, op: ir.RepeatOp) -> None:
-        inits = [self.dense(value, op).value for value in op.inits]
+        inits = [self.exact(value, op) for value in op.inits]
         outer, self.block = self.block, Block(arg_types=[value.type for value in op.inits])
+        self.outside, self.loop = outer, op
         for old, new in zip(op.body.block.args, self.block.args, strict=True):
             new.name_hint = old.name_hint
             self.shares[old] = _Share(new, ir.width(old), 1, 1, False)
@@ -273,30 +378,19 @@ class _Partitioner:
         for item in op.body.block.ops:
             if item is not last:
                 self.visit(item)
-        inner, self.block = self.block, outer
+        inner = self.block
+        if not self.problems:
+            inner.add_op(ir.YieldOp(*(self.exact(value, op) for value in last.values)))
+        self.block, self.outside, self.loop = outer, None, None
         if self.problems:
             return
-        self.block = inner
-        values = [self.yielded(value, op) for value in last.values]
-        inner.add_op(ir.YieldOp(*values))
-        self.block = outer
         made = ir.RepeatOp(inits, op.count.value.data, op.start.value.data, Region(inner))
         outer.add_op(made)
         for outer_value, result in zip(op.outs, made.outs, strict=True):
             result.name_hint = outer_value.name_hint
             self.shares[outer_value] = _Share(result, ir.width(outer_value), 1, 1, False)
 
-    def yielded(self, value: SSAValue, op: Operation) -> SSAValue:
-        share = self.dense(value, op)
-        if ir.width(share.value) != share.size:
-            self.refuse(op, "a layer ends in a product", "end it in an addition")
-        return share.value
 
-
-def _feeds_attention(value: SSAValue) -> bool:
-    """Whether a value reaches an attention's q, k or v, straight or through one slice, and goes nowhere else."""
-    users = [use.operation for use in value.uses]
-    return bool(users) and all(
-        isinstance(user, ir.AttentionOp) or (isinstance(user, ir.SliceOp) and _feeds_attention(user.out))
-        for user in users
-    )
+def _hint(symbol: str) -> str:
+    """A name in text for the value of a parameter: without the layer, in the characters that names may have."""
+    return re.sub(r"[^A-Za-z0-9_$]+", "_", re.sub(r"\.\{[^}]*\}", "", symbol)).strip("_")
