@@ -165,18 +165,17 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: 
     return made if rest is None else torch.cat((made, rest), -1)
 
 
-def _table_rows(call: Call, table: int, positions: Value) -> torch.Tensor:
-    if positions is None:
-        return call.tensor(table)
-    if not isinstance(positions, torch.Tensor):
-        raise RefusalError("its positions are constants", "let the positions follow the tokens")
-    return torch.embedding(call.tensor(table), positions.reshape(-1))
+def _table_rows(call: Call, table: int, positions: int) -> torch.Tensor:
+    """The rows of a table, [T, rotary / 2]; all tokens stand in one text, so the positions are one vector."""
+    if call.value(positions) is None:
+        return call.tensor(table).reshape(-1, call.tensor(table).shape[-1])
+    return torch.embedding(call.tensor(table), call.tensor(positions).reshape(-1))
 
 
 @rule("RotaryEmbedding")
 def standard_rotary(call: Call) -> Result:
     """The standard operator: input, cos and sin tables, positions."""
-    return _rotary(call, 1, 2, call.value(3))
+    return _rotary(call, 1, 2, 3)
 
 
 @rule("RotaryEmbedding", domain=MICROSOFT)
@@ -184,10 +183,10 @@ def rotary(call: Call) -> Result:
     """onnxruntime's: input, positions, cos and sin tables."""
     if call.real("scale", 1.0) != 1.0:
         raise RefusalError("it scales the positions", _DECOMPOSE)
-    return _rotary(call, 2, 3, call.value(1))
+    return _rotary(call, 2, 3, 1)
 
 
-def _rotary(call: Call, cos: int, sin: int, positions: Value) -> Result:
+def _rotary(call: Call, cos: int, sin: int, positions: int) -> Result:
     x, heads = call.tensor(0), call.integer("num_heads", 0)
     flat = x.ndim == 3
     if flat:
