@@ -11,13 +11,15 @@ from typing import Any
 from xdsl.passes import ModulePass
 
 from typebar.compiler import device_ir as dev
-from typebar.compiler.emit import emit
+from typebar.compiler import ir
+from typebar.compiler.emit import ENTRIES, emit
 from typebar.compiler.frontend import FrontendModel
 from typebar.compiler.memory import MemoryPlan, plan_memory
 from typebar.compiler.packing import Packer
 from typebar.compiler.passes.allocate import AllocatePass, AllocationError
 from typebar.compiler.passes.fuse import FusePass
 from typebar.compiler.passes.partition import PartitionPass
+from typebar.compiler.passes.phases import PhasesPass
 from typebar.isa.errors import TypebarError
 from typebar.isa.image_manifest import Manifest
 from typebar.isa.image_writer import write_image
@@ -50,12 +52,21 @@ def weights_format(name: str) -> Format:
     return Format[name.upper()]
 
 
-def back_passes(machine: Machine, devices: int, hoist: bool = True) -> list[ModulePass]:
-    """The passes from a re-rolled step to an allocated program, as `build` runs them."""
+def back_passes(
+    machine: Machine, devices: int, hoist: bool = True, shape: Callable[[str], tuple[int, ...]] | None = None
+) -> list[ModulePass]:
+    """The passes from a re-rolled step to an allocated program, as `build` runs them; `shape` is a parameter's."""
     return [
-        PartitionPass(devices, machine.vector.align),
+        PartitionPass(devices, machine.vector.align, shape),
         FusePass(hoist),
-        AllocatePass(machine.vector.words, machine.segment_words, machine.attention_block, machine.column_block),
+        PhasesPass(hoist),
+        AllocatePass(
+            machine.vector.words,
+            machine.segment_words,
+            machine.attention_block,
+            machine.column_block,
+            machine.matrix.vectors,
+        ),
     ]
 
 
@@ -80,7 +91,7 @@ def build(model: FrontendModel, machine: Machine, devices: int, fmt: Format) -> 
     for hoist in (True, False):
         module = model.module.clone()
         try:
-            for step in back_passes(machine, devices, hoist):
+            for step in back_passes(machine, devices, hoist, model.weights.shape):
                 step.apply(context, module)
                 module.verify()
         except AllocationError:
@@ -107,19 +118,14 @@ def write(compiled: Compiled, path: str | Path, progress: Callable[[int, int], N
         "machine": compiled.machine,
         "devices": compiled.devices,
         "weights_format": compiled.format.name.lower(),
-        "entries": {"main": 0},
+        "entries": {name: compiled.program.labels[name] for name in ENTRIES if name in compiled.program.labels},
         "labels": compiled.program.labels,
         "comments": compiled.program.comments,
         "regions": {"kv": memory.kv_bytes, "io": memory.io.bytes},
         "io": asdict(memory.io),
-        "model": {
-            "name": model.name,
-            "vocab": model.config["vocab"],
-            "context": model.config["context"],
-            "eos": model.config.get("eos_token_id"),
-        },
+        "model": _facts(model),
         "accounting": memory.accounting,
-        "sources": {name: {"shape": list(model.weights.shape(name)), "dtype": "float32"} for name in names},
+        "sources": {name: {"shape": list(model.weights.shape(name)), "dtype": dtype} for name, dtype in names.items()},
         "source_hash": hashlib.sha256(compiled.graph.encode()).hexdigest(),
     }
     words = encode(compiled.program)
@@ -127,14 +133,44 @@ def write(compiled: Compiled, path: str | Path, progress: Callable[[int, int], N
     return write_image(path, fields, words, compiled.graph, tokenizer, memory.plans, packer.payload, progress)
 
 
-def _source_names(memory: MemoryPlan) -> list[str]:
-    names: dict[str, None] = {}
+def _facts(model: FrontendModel) -> dict[str, Any]:
+    """What the host needs to know of a model.
+
+    Raises:
+        TypebarError: it has an encoder, and nobody says which token its decoder starts from.
+    """
+    config = model.config
+    facts = {
+        "name": model.name,
+        "vocab": config["vocab"],
+        "context": config["context"],
+        "eos": config.get("eos_token_id"),
+    }
+    encoder = model.module.body.block.first_op
+    if isinstance(encoder, ir.EncoderOp):
+        start = config.get("decoder_start_token_id")
+        if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < config["vocab"]:
+            raise TypebarError(
+                f"the decoder's first token is {start!r}: give config={{'decoder_start_token_id': N}}, "
+                f"0 to {config['vocab'] - 1}"
+            )
+        facts |= {
+            "is_encoder_decoder": True,
+            "source_vocab": encoder.vocab.value.data,
+            "source_context": encoder.context.value.data,
+            "decoder_start_token_id": start,
+        }
+    return facts | {key: config[key] for key in ("chat_template", "special_tokens") if config.get(key)}
+
+
+def _source_names(memory: MemoryPlan) -> dict[str, str]:
+    """The source parameters that tensors are made from, and their types."""
+    names: dict[str, str] = {}
     for plan in memory.plans:
         meta = plan.meta
-        if "symbol" in meta:
-            names[meta["symbol"]] = None
+        names |= {meta[key]: "float32" for key in ("symbol", "cos", "sin") if key in meta}
         for item in meta.get("segments", ()):
-            for key in ("weight", "bias"):
-                if item[key] is not None:
-                    names[item[key]] = None
-    return list(names)
+            names |= {item[key]: "float32" for key in ("bias", "scale") if item[key] is not None}
+            if meta["kind"] == "matrix":
+                names[item["weight"]] = meta.get("format", "float32")
+    return names

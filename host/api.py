@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from typebar.host import generation
+from typebar.host.chat import Messages, chat_prompt
 from typebar.host.engine import Engine
 from typebar.host.facts import image_facts
 from typebar.host.report import SimulationReport, simulate
@@ -142,7 +143,7 @@ class Generation:
     Attributes:
         text: the new text, without the prompt; None if the image has no tokenizer.
         tokens: the new token ids, with the one that ended the text if one did.
-        prompt_tokens: the prompt's token ids.
+        prompt_tokens: the prompt's token ids; with an encoder, the source text's.
         device: `sim`, `rtl` or `torch`: what finished the work.
         device_name: the same in words.
         reasons: why devices were passed over or given up, in order.
@@ -196,6 +197,7 @@ class TextModel:
         self,
         prompt: str | None = None,
         *,
+        messages: Messages | None = None,
         input_ids: Sequence[int] | None = None,
         max_new_tokens: int = 64,
         do_sample: bool = False,
@@ -204,12 +206,13 @@ class TextModel:
         top_p: float | None = None,
         seed: int | None = None,
         streamer: Streamer | None = None,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
     ) -> Generation:
-        """Continue a prompt, in Hugging Face's vocabulary.
+        """Continue a prompt, in Hugging Face's vocabulary; with an encoder the prompt is the source text.
 
         Args:
-            prompt: text; or give `input_ids`.
+            prompt: text; or give `messages` or `input_ids`.
+            messages: a conversation, each message with role and content, for the image's chat template.
             input_ids: token ids [T].
             max_new_tokens: tokens to generate at most; with the prompt they must fit the model's context.
             do_sample: draw tokens at random; otherwise each is the most likely one (greedy decoding).
@@ -218,7 +221,7 @@ class TextModel:
             top_p: draw among the fewest tokens whose probabilities reach it; None for all.
             seed: equal seeds give equal tokens on devices of equal numerics; None for a fresh one.
             streamer: called with each piece of text as it becomes certain; or a streamer of Hugging Face's, fed tokens.
-            eos_token_id: token that ends the text; None for the model's own, -1 for none.
+            eos_token_id: token or tokens that end the text; None for the model's own, -1 for none.
 
         Raises:
             TypebarError: input that breaks a rule.
@@ -227,37 +230,51 @@ class TextModel:
         settings = SamplingSettings(temperature, top_k, top_p, seed)
         if not do_sample and settings != SamplingSettings(seed=seed):
             raise TypebarError("temperature, top_k and top_p act only when sampling: give do_sample, or leave them out")
-        given, listener = self._prompt(prompt, input_ids), Listener(streamer)
+        given, listener = self._prompt(prompt, messages, input_ids), Listener(streamer)
+        encoder, source = self._facts.encoder, None
+        if encoder is not None:
+            given, source = [encoder.start], given
         count = generation.check_length(self._facts.context, len(given), max_new_tokens)
         sampler = Sampler(settings) if do_sample else None
-        request = generation.Request(given, count, self._end(eos_token_id), sampler)
+        request = generation.Request(given, count, self._ends(eos_token_id), sampler, source)
         text = self._run(request, listener)
         engine = self._chain.engine()
         return Generation(
             text=text,
             tokens=request.tokens,
-            prompt_tokens=given,
+            prompt_tokens=given if source is None else source,
             device=engine.kind,
             device_name=engine.name,
             reasons=self.reasons,
-            finish_reason="stop" if request.tokens[-1] == request.end else "length",
+            finish_reason="stop" if request.tokens[-1] in request.ends else "length",
             flags=engine.flags(),
             seed=None if sampler is None else sampler.seed,
         )
 
-    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+    def logits(self, tokens: Sequence[int], source: Sequence[int] | None = None) -> NDArray[np.float32]:
         """Logits [T, vocab] after each of `tokens` [T], fed one after another (teacher-forced).
 
+        With an encoder `source` [S] are the source text's token ids, and `tokens` the decoder's, from its start on.
+
         Raises:
-            TypebarError: no tokens, more than the context, or one outside the vocabulary.
+            TypebarError: no tokens, more than the context, or one outside the vocabulary; a source text missing, or
+                given to a model without an encoder.
             DeviceError: every device failed.
         """
-        given = generation.check_tokens(self._facts, tokens)
+        given, encoder = generation.check_tokens(self._facts, tokens), self._facts.encoder
+        if (source is None) != (encoder is None):
+            raise TypebarError(
+                "the model has no encoder: give tokens only" if encoder is None else
+                "the model has an encoder: give a source text besides the decoder's tokens"
+            )  # fmt: skip
+        text = None if source is None or encoder is None else generation.check_tokens(encoder, source)
         rows = np.empty((len(given), self._facts.vocab), np.float32)
         done = 0
 
         def work(engine: Engine) -> None:
             nonlocal done
+            if text is not None:
+                engine.encode(text)
             for done, token in enumerate(given):
                 rows[done] = engine.logits([token])
 
@@ -278,18 +295,40 @@ class TextModel:
         """Close it."""
         self.close()
 
-    def _prompt(self, prompt: str | None, input_ids: Sequence[int] | None) -> list[int]:
-        if (prompt is None) == (input_ids is None):
-            raise TypebarError("give exactly one of prompt (text) and input_ids (token ids)")
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the prompt is a source text, which the new text does not continue."""
+        return self._facts.encoder is not None
+
+    def chat_prompt(self, messages: Messages) -> str:
+        """The text that the image's chat template makes of a conversation, up to where the answer begins.
+
+        Raises:
+            TypebarError: the image has no template, or it refuses the messages.
+        """
+        return chat_prompt(self._facts, messages)
+
+    def _prompt(self, prompt: str | None, messages: Messages | None, input_ids: Sequence[int] | None) -> list[int]:
+        facts = self._facts.encoder or self._facts
+        if sum(item is not None for item in (prompt, messages, input_ids)) != 1:
+            raise TypebarError("give exactly one of prompt (text), messages (a chat) and input_ids (token ids)")
         if input_ids is not None:
-            return generation.check_tokens(self._facts, input_ids)
+            return generation.check_tokens(facts, input_ids)
+        if messages is not None:
+            return generation.check_tokens(facts, self.tokenizer.encode(self.chat_prompt(messages), special=False))
         if not isinstance(prompt, str):
             raise TypebarError(f"the prompt must be text, not {type(prompt).__name__}: give token ids as input_ids")
-        return generation.check_tokens(self._facts, self.tokenizer.encode(prompt))
+        return generation.check_tokens(facts, self.tokenizer.encode(prompt))
 
-    def _end(self, token: int | None) -> int | None:
+    def _ends(self, token: int | Sequence[int] | None) -> tuple[int, ...]:
+        """The tokens that end the text, each once, in order."""
         if token is None:
-            return self._facts.end
+            return self._facts.ends
+        several = isinstance(token, Sequence) and not isinstance(token, str)
+        found = [self._end(item) for item in (token if several else [token])]  # type: ignore[union-attr]
+        return tuple(dict.fromkeys(item for item in found if item is not None))
+
+    def _end(self, token: int) -> int | None:
         plain = as_integer(token)
         if plain is None or not -1 <= plain < self._facts.vocab:
             raise TypebarError(f"eos_token_id must be from 0 to {self._facts.vocab - 1}, or -1 for none, not {token!r}")
@@ -297,8 +336,9 @@ class TextModel:
 
     def _run(self, request: generation.Request, listener: Listener) -> str | None:
         """Generate, streaming; returns the text."""
+        shown = request.prompt if request.source is None else ()
         wanted = self._tokenizer is not None or listener.text is not None
-        stream, pieces = TextStream(self.tokenizer, request.prompt) if wanted else None, []
+        stream, pieces = TextStream(self.tokenizer, shown) if wanted else None, []
 
         def show(piece: str) -> None:
             if piece:

@@ -43,6 +43,8 @@ class DeviceEngine(Engine):
         self.kind, self.name = kind, device.name
         facts = image_facts(image)
         self._device, self._io, self._entry, self._vocab = device, facts.io, facts.entry, facts.vocab
+        self._encoder = facts.encoder
+        self._source, self._encoded = 0, False
         self._flags: dict[NumericFlag, str] = {}
         device.load(image.program)
         for rank in range(device.ranks):
@@ -56,7 +58,17 @@ class DeviceEngine(Engine):
     def reset(self) -> None:
         """Forget every token; the cache needs no clearing, for positions not yet written are never read."""
         super().reset()
+        self._source, self._encoded = 0, False
         self._device.reset()
+
+    def encode(self, source: Sequence[int]) -> None:
+        """Write the source text; the next launch begins with it, and later ones find its K and V in memory."""
+        if self._encoder is None:
+            return super().encode(source)
+        given, place = _bytes(np.asarray(source, "<i4")), self._io.source_line * LINE_BYTES
+        for rank in range(self._device.ranks):
+            self._device.write(rank, Region.IO, place, given)
+        self._source, self._encoded = len(source), False
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Feed `tokens` in one launch and read every rank's part of the last step's logits."""
@@ -88,13 +100,17 @@ class DeviceEngine(Engine):
         return [self._flags[flag] for flag in sorted(self._flags)]
 
     def _start(self, tokens: Sequence[int], count: int, end: int | None, flags: int) -> None:
+        if self._encoder is not None and not self._source:
+            raise TypebarError("the model has an encoder and no source text yet: call encode first")
         values = {
             "start": self.position,
             "count": len(tokens),
             "new": count,
             "eos": -1 if end is None else end,
             "flags": flags,
+            "source": self._source,
             "generated": 0,
+            "encoded": 0,
         }
         descriptor = np.zeros(max(DESCRIPTOR_WORDS.values()) + 1, "<i4")
         for name, value in values.items():
@@ -104,10 +120,12 @@ class DeviceEngine(Engine):
         for rank in range(self._device.ranks):
             self._device.write(rank, Region.IO, place, given)
             self._device.write(rank, Region.IO, self._io.descriptor_line * LINE_BYTES, _bytes(descriptor))
-        self._device.launch(self._entry)
+        fresh = self._encoder is not None and not self._encoded
+        self._device.launch(self._encoder.entry if fresh and self._encoder is not None else self._entry)
 
     def _finish(self, fed: int) -> None:
         self.position += fed
+        self._encoded = self._source > 0
         for rank in range(self._device.ranks):
             raised = self._device.register(rank, Register.FLAGS)
             for flag in NumericFlag:

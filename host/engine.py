@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from typebar.isa.errors import TypebarError
+
 OnToken = Callable[[int], None]
 """Called with each new token as soon as the host can see it."""
 
 
 class Engine(ABC):
-    """A model on a device with the K/V cache of one sequence.
+    """A model on a device with the K/V cache of one sequence, and with an encoder those of one source text.
 
     `position` tokens are in the cache; both calls feed tokens at the positions from there on. Callers keep tokens
     within the vocabulary and positions within the context (`generation` checks them). Any call may raise DeviceError,
@@ -29,6 +31,14 @@ class Engine(ABC):
     def reset(self) -> None:
         """Forget every token: the next one has position 0."""
         self.position = 0
+
+    def encode(self, source: Sequence[int]) -> None:
+        """Take a source text's token ids, at least one, for a model with an encoder; call it after `reset`.
+
+        Raises:
+            TypebarError: the model has no encoder.
+        """
+        raise TypebarError(f"{self.name} runs a model without an encoder: it takes no source text")
 
     @abstractmethod
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:

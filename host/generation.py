@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from typebar.host.device import DeviceError
 from typebar.host.engine import Engine, OnToken
-from typebar.host.facts import ImageFacts
+from typebar.host.facts import EncoderFacts, ImageFacts
 from typebar.host.sampling import Sampler, checked_integer
 from typebar.host.select import Candidate
 from typebar.isa.errors import TypebarError
 from typebar.isa.image import Image
 
 Result = TypeVar("Result")
+_BURST = 16
+"""Tokens that a device generates before the host looks for ends that the device does not know."""
 
 
 class Chain:
@@ -69,27 +71,32 @@ class Chain:
 
 @dataclass
 class Request:
-    """What to generate: the prompt's token ids, how many tokens at most, the token that ends it, and how to choose."""
+    """What to generate: the prompt's token ids, how many tokens at most, the tokens that end it, and how to choose.
+
+    With an encoder `source` has the source text's token ids, and `prompt` those that decoding starts from.
+    """
 
     prompt: Sequence[int]
     count: int
-    end: int | None
+    ends: Collection[int] = ()
     sampler: Sampler | None = None
     """None for greedy decoding."""
+    source: Sequence[int] | None = None
     tokens: list[int] = field(default_factory=list)
     """New tokens so far."""
 
 
-def check_tokens(facts: ImageFacts, tokens: Sequence[int]) -> list[int]:
-    """The token ids as plain integers.
+def check_tokens(facts: ImageFacts | EncoderFacts, tokens: Sequence[int]) -> list[int]:
+    """The token ids as plain integers: a prompt's, or with `EncoderFacts` a source text's.
 
     Raises:
         TypebarError: there are none, one is no integer or is outside the vocabulary, or they exceed the context.
     """
+    what, whose = ("prompt", "model") if isinstance(facts, ImageFacts) else ("source text", "encoder")
     if not len(tokens):
-        raise TypebarError("the prompt is empty: give at least one token of text")
+        raise TypebarError(f"the {what} is empty: give at least one token of text")
     if len(tokens) > facts.context:
-        raise TypebarError(f"{len(tokens)} tokens exceed the model's context of {facts.context}: shorten the prompt")
+        raise TypebarError(f"{len(tokens)} tokens exceed the {whose}'s context of {facts.context}: shorten the {what}")
     ids: list[int] = []
     for item in tokens:
         try:
@@ -135,9 +142,11 @@ def run(chain: Chain, request: Request, on_token: OnToken) -> None:
     def work(engine: Engine) -> None:
         if _finished(request):
             return
+        if request.source is not None:
+            engine.encode(request.source)
         fed = [*request.prompt, *request.tokens]
         if request.sampler is None:
-            engine.greedy(fed, request.count - len(request.tokens), request.end, take)
+            _greedy(engine, request, fed, take)
             return
         while not _finished(request):
             token = request.sampler.sample(engine.logits(fed))
@@ -147,8 +156,24 @@ def run(chain: Chain, request: Request, on_token: OnToken) -> None:
     chain.attempt(work, lambda: count_of(len(request.tokens), "token"))
 
 
+def _greedy(engine: Engine, request: Request, fed: Sequence[int], take: OnToken) -> None:
+    """Generate on the device, which knows one token that ends a text; where there are several, some tokens a time."""
+    end, *more = [*request.ends] or [None]
+    while not _finished(request):
+        left = request.count - len(request.tokens)
+        burst: list[int] = []
+
+        def keep(token: int, burst: list[int] = burst) -> None:
+            if not any(item in more for item in burst):
+                take(token)
+            burst.append(token)
+
+        engine.greedy(fed, min(left, _BURST) if more else left, end, keep)
+        fed = burst[-1:]
+
+
 def _finished(request: Request) -> bool:
-    ended = bool(request.tokens) and request.tokens[-1] == request.end
+    ended = bool(request.tokens) and request.tokens[-1] in request.ends
     return ended or len(request.tokens) >= request.count
 
 

@@ -28,14 +28,14 @@ class TextTokenizer:
             line = (str(error).splitlines() or [type(error).__name__])[0]
             raise TypebarError(f"the tokenizer cannot be read ({line}): compile with a valid tokenizer.json") from error
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that the tokenizer itself adds.
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of a text, if `special` with the special tokens that the tokenizer itself adds.
 
         Raises:
             TypebarError: the text holds a lone surrogate, which no encoding of text has.
         """
         try:
-            ids: list[int] = self._tokenizer.encode(text).ids
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
         except (UnicodeEncodeError, TypeError) as error:
             raise TypebarError(f"the prompt is not valid Unicode text ({error}): give it as UTF-8") from None
         return ids

@@ -12,6 +12,7 @@ from typebar.compiler.interpreter import StepInterpreter
 from typebar.compiler.packing import unpack_weights
 from typebar.host.device import DeviceError
 from typebar.host.engine import Engine, OnToken
+from typebar.host.facts import image_facts
 from typebar.isa.image import Image
 
 
@@ -29,9 +30,19 @@ class TorchEngine(Engine):
         """
         self.name = f"torch float32 on {device}"
         lookup = unpack_weights(image)
+        self._encoder = image_facts(image).encoder
         try:
             self.name = f"torch float32 on {'the CPU' if device == 'cpu' else torch.cuda.get_device_name()}"
             self._step = StepInterpreter(image.graph, lambda name: torch.from_numpy(lookup(name)), device=device)
+        except RuntimeError as error:
+            raise _failure(self.name, error) from error
+
+    def encode(self, source: Sequence[int]) -> None:
+        """Run the encoder over a source text."""
+        if self._encoder is None:
+            return super().encode(source)
+        try:
+            self._step.encode([int(token) for token in source])
         except RuntimeError as error:
             raise _failure(self.name, error) from error
 

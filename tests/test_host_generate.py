@@ -166,7 +166,7 @@ def generated(path: Path, chain: list[Candidate], do_sample: bool, note: Callabl
     with Image.open(path, verify=False) as image:
         engines = generation.Chain(image, chain, [])
         sampler = Sampler(SamplingSettings(seed=9)) if do_sample else None
-        request = generation.Request([990, 411, 259], NEW, None, sampler)
+        request = generation.Request([990, 411, 259], NEW, (), sampler)
         generation.run(engines, request, note)
         return request.tokens, engines.reasons
 

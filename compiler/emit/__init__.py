@@ -1,5 +1,5 @@
 """Emission: a program with registers and memory places becomes instructions."""
 
-from typebar.compiler.emit.step import emit
+from typebar.compiler.emit.step import ENTRIES, emit
 
-__all__ = ["emit"]
+__all__ = ["ENTRIES", "emit"]

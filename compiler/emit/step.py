@@ -10,13 +10,16 @@ from xdsl.ir import Operation
 
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
+from typebar.compiler.device_source import AttendOp, CacheOp, PhaseOp, RestoreOp, SaveOp, SourceOp
 from typebar.compiler.emit.attention import emit_attention
 from typebar.compiler.emit.builder import Builder, R, reg
 from typebar.compiler.emit.head import DESCRIPTOR_WORDS, emit_head
+from typebar.compiler.emit.source import emit_cache, emit_phase, emit_restore, emit_save
 from typebar.compiler.emit.vectors import (
     REGION_REGISTER,
     Emission,
     emit_activation,
+    emit_copy,
     emit_gather,
     emit_layer_norm,
     emit_load,
@@ -24,9 +27,12 @@ from typebar.compiler.emit.vectors import (
     emit_matrix,
     emit_pair,
     emit_rms_norm,
+    emit_rotary,
+    emit_rotary_row,
     emit_scale,
+    emit_score_bias,
 )
-from typebar.compiler.memory import MemoryPlan, program_of, strides
+from typebar.compiler.memory import MemoryPlan, program_of, source_of, strides
 from typebar.compiler.scratch import Limits
 from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import WORD_BYTES, Format, Region
@@ -34,10 +40,15 @@ from typebar.isa.machine import Machine
 from typebar.isa.program import Program
 
 _EMITTERS: dict[type[Operation], Callable[[Emission, Any], None]] = {
+    AttendOp: emit_attention,
+    CacheOp: emit_cache,
+    RestoreOp: emit_restore,
+    SaveOp: emit_save,
     dev.ActivationOp: emit_activation,
     dev.AddOp: emit_pair,
     dev.AttentionOp: emit_attention,
     dev.BiasOp: emit_load,
+    dev.CopyOp: emit_copy,
     dev.GatherOp: emit_gather,
     dev.LayerNormOp: emit_layer_norm,
     dev.LookupOp: emit_lookup,
@@ -45,25 +56,32 @@ _EMITTERS: dict[type[Operation], Callable[[Emission, Any], None]] = {
     dev.MulOp: emit_pair,
     dev.ParamOp: emit_load,
     dev.RmsNormOp: emit_rms_norm,
+    dev.RotaryOp: emit_rotary,
+    dev.RotaryRowOp: emit_rotary_row,
     dev.ScaleOp: emit_scale,
+    dev.ScoreBiasOp: emit_score_bias,
 }
 
 
+ENTRIES = ("encode", "main")
+"""Where a program may start: at a new source text, or at tokens. Programs without an encoder have `main` only."""
+
+
 def emit(module: ModuleOp, machine: Machine, memory: MemoryPlan, fmt: Format) -> Program:
-    """Instructions for an allocated `tbd.program`; one entry, `main`, at index 0.
+    """Instructions for an allocated `tbd.program`, with `main` as an entry.
+
+    With a `tbd.source` there is the entry `encode` too, which goes on to `main` when the source text is encoded. The
+    labels of these names have the entries' instructions.
 
     Raises:
         TypebarError: not allocated, or the program exceeds the machine's program memory or ring buffer.
     """
-    program = program_of(module)
-    align, context, devices = (int(a.value.data) for a in (program.align, program.context, program.devices))
-    if program.step is None:
-        raise TypebarError("the program has no registers: run the pass allocate first")
-    step, words = int(program.step.value.data), machine.vector.words
-    limits = Limits(words, align, step, machine.attention_block, machine.column_block, context, devices)
-    _check_gathers(program, machine)
-    e = Emission(Builder(), machine, memory, limits, fmt, program)
-    _prologue(e)
+    program, source = program_of(module), source_of(module)
+    build = Builder()
+    if source is not None:
+        _emit_source(_emission(build, source, machine, memory, fmt), source)
+    e = _emission(build, program, machine, memory, fmt)
+    _prologue(e, source is not None)
     for op in program.body.block.ops:
         if isinstance(op, dev.HeadOp):
             _end_of_token(e, op)
@@ -78,7 +96,40 @@ def emit(module: ModuleOp, machine: Machine, memory: MemoryPlan, fmt: Format) ->
     return made
 
 
-def _check_gathers(program: dev.ProgramOp, machine: Machine) -> None:
+def _emission(
+    build: Builder, program: dev.ProgramOp | SourceOp, machine: Machine, memory: MemoryPlan, fmt: Format
+) -> Emission:
+    """What emits a program's instructions."""
+    align, context, devices = (int(a.value.data) for a in (program.align, program.context, program.devices))
+    if program.step is None:
+        raise TypebarError("the program has no registers: run the pass allocate first")
+    step, words = int(program.step.value.data), machine.vector.words
+    limits = Limits(
+        words, align, step, machine.attention_block, machine.column_block, context, devices, machine.matrix.vectors
+    )
+    _check_gathers(program, machine)
+    return Emission(build, machine, memory, limits, fmt, program)
+
+
+def _emit_source(e: Emission, source: SourceOp) -> None:
+    """Everything from the source text's tokens to K and V of every cross-attention; goes on to `main`."""
+    e.build.label("encode")
+    _load_word(e, "source", R.SOURCE)
+    for op in source.body.block.ops:
+        _emit_op(e, op)
+    e.build.note("the source text is encoded")
+    line, byte = e.memory.io.descriptor_line, 4 * DESCRIPTOR_WORDS["encoded"]
+    e.build.add("sstore", region=int(Region.IO), line=line, byte=byte, value=reg(R.SOURCE))
+
+
+def _load_word(e: Emission, name: str, register: R) -> None:
+    """A word of the descriptor to a register."""
+    line, byte = e.memory.io.descriptor_line, 4 * DESCRIPTOR_WORDS[name]
+    e.build.note(name)
+    e.build.add("sload", region=int(Region.IO), rd=int(register), line=line, byte=byte)
+
+
+def _check_gathers(program: dev.ProgramOp | SourceOp, machine: Machine) -> None:
     for op in program.walk():
         if isinstance(op, dev.GatherOp) and ir.width(op.x) > machine.ring.buffer_words:
             raise TypebarError(
@@ -87,15 +138,15 @@ def _check_gathers(program: dev.ProgramOp, machine: Machine) -> None:
             )
 
 
-def _prologue(e: Emission) -> None:
+def _prologue(e: Emission, encoded: bool) -> None:
     """Read the descriptor; then the loop over tokens begins."""
     build, io = e.build, e.memory.io
     build.label("main")
     registers = {"start": R.POSITION, "count": R.LAST, "new": R.LEFT, "eos": R.EOS, "flags": R.FLAGS}
+    if encoded:
+        registers["source"] = R.SOURCE
     for name, register in registers.items():
-        build.note(name)
-        byte = 4 * DESCRIPTOR_WORDS[name]
-        build.add("sload", region=int(Region.IO), rd=int(register), line=io.descriptor_line, byte=byte)
+        _load_word(e, name, register)
     build.add("sadd", rd=int(R.LAST), a=reg(R.LAST, -1), b=reg(R.POSITION))
     build.constant(R.GENERATED, 0)
     build.label("token")
@@ -119,6 +170,9 @@ def _end_of_token(e: Emission, head: dev.HeadOp) -> None:
 def _emit_op(e: Emission, op: Operation) -> None:
     if isinstance(op, ir.RepeatOp):
         _emit_loop(e, op)
+        return
+    if isinstance(op, PhaseOp):
+        emit_phase(e, op, lambda item: _emit_op(e, item))
         return
     emitter = _EMITTERS.get(type(op))
     if emitter is None:
@@ -145,10 +199,11 @@ def _node(op: Operation) -> str:
 def _emit_loop(e: Emission, loop: ir.RepeatOp) -> None:
     build, body = e.build, loop.body.block
     steps = strides(body, e.memory.places)
-    caches = [e.memory.caches[op] for op in body.ops if isinstance(op, dev.AttentionOp)]
-    if caches:
-        steps[Region.KV] = caches[0].layer_stride
-    home = int(loop.attributes["at"].value.data)  # type: ignore[attr-defined]
+    for op in (inner for item in body.ops for inner in item.walk()):
+        cache = e.memory.caches.get(op)
+        if cache is not None and cache.layer_stride:
+            steps[Region.KV] = cache.layer_stride
+    home = int(loop.attributes["at"].value.data) if loop.inits else 0  # type: ignore[attr-defined]
     for value in loop.inits:
         _copy(e, e.address(value), home, ir.width(value))
     for region in steps:
