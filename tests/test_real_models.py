@@ -43,9 +43,11 @@ def test_flan_from_its_checkpoint() -> None:
 def test_flan_from_its_int8_onnx_pair() -> None:
     report = figures("flan-int8")
     assert all(item["given"] == item["wanted"] for item in report["quoted"])
-    # The weights are the checkpoint's, exactly; ONNX Runtime rounds activations to int8 too, and agrees with neither.
+    # The weights are the checkpoint's, exactly; ONNX Runtime rounds activations to int8 too, and so it is as far from
+    # the image as from torch.
     assert report["torch float32"]["agreement"] >= 0.99
-    assert report["ONNX Runtime"]["agreement"] >= 0.7
+    apart = report["ONNX Runtime"]["agreement"] - report["torch float32 with ONNX Runtime"]["agreement"]
+    assert abs(apart) <= 0.02
 
 
 @installed
