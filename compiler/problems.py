@@ -71,3 +71,9 @@ def module_paths(module: ModuleOp) -> dict[str, str]:
 def placed(problems: Iterable[Problem], paths: Mapping[str, str]) -> list[Problem]:
     """The problems with their module paths filled in."""
     return [replace(p, module=p.module or paths.get(p.node, "")) for p in problems]
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message that has any text, else the kind of error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

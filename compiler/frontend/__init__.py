@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typebar.compiler.frontend.models import SHAPES, FrontendModel, import_model, load_model
+from typebar.compiler.frontend.assembly import FrontendModel
+from typebar.compiler.frontend.models import SHAPES, import_model, load_model
 from typebar.compiler.frontend.weights import CheckpointSource, DerivedSource, ModuleSource, ShapeSource, WeightSource
 
 __all__ = [

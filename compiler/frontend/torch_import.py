@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from xdsl.dialects.builtin import (
     DYNAMIC_INDEX,
     ArrayAttr,
     FloatAttr,
     IndexType,
     IntegerAttr,
-    ModuleOp,
     StringAttr,
     TensorType,
     UnitAttr,
@@ -30,6 +32,7 @@ from typebar.compiler.problems import MODULE, LoweringError, Problem
 from typebar.isa.errors import TypebarError
 
 _EXAMPLE_LENGTH = 7
+_EXAMPLE_SOURCE = 5
 _DROPPED_KEYWORDS = frozenset(("device", "layout", "memory_format", "pin_memory", "non_blocking", "copy"))
 
 
@@ -47,24 +50,48 @@ class Exported:
     limit: int | None
 
 
-class _Logits(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
-    """Makes a model's output its logits, and nothing else."""
+class _Scalars(TorchFunctionMode):  # type: ignore[misc]  # torch is not typed here
+    """Keeps the values of scalars that a model makes: on the meta device, which has none, they are made on the CPU."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __torch_function__(
+        self, function: Callable[..., object], types: object, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> object:
+        kwargs = dict(kwargs or {})
+        scalar = function is torch.tensor and args and isinstance(args[0], bool | int | float)
+        if scalar and torch.device(kwargs.get("device") or "cpu").type == "meta":
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+
+Function = Callable[..., object]
+"""What of a model is exported: a function of the model and its inputs, which returns a tensor."""
+
+
+class _Call(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
+    """A function of a model, as a module whose parameters are the model's."""
+
+    def __init__(self, model: torch.nn.Module, function: Function) -> None:
         super().__init__()
         self.model = model
-        cached = "use_cache" in inspect.signature(model.forward).parameters
-        self.options = {"use_cache": False} if cached else {}
+        self.function = function
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Logits [1, T, V] for token ids [1, T]."""
-        out = self.model(input_ids, **self.options)
-        logits = out if isinstance(out, torch.Tensor) else getattr(out, "logits", None)
-        if not isinstance(logits, torch.Tensor):
-            raise TypebarError(
-                f"a model must return logits [1, T, V] or an object with .logits, not {type(out).__name__}"
-            )
-        return logits
+    def forward(self, input_ids: torch.Tensor, memory: torch.Tensor | None = None) -> object:
+        """The function's tensor for token ids [1, T] and perhaps a memory [1, S, D]."""
+        return self.function(self.model, input_ids, *(() if memory is None else (memory,)))
+
+
+def logits(model: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    """A model's logits [1, T, V]; raises TypebarError if it returns none."""
+    cached = "use_cache" in inspect.signature(model.forward).parameters
+    return logits_in(model(*inputs, **({"use_cache": False} if cached else {})))
+
+
+def logits_in(out: object) -> torch.Tensor:
+    """The logits in a model's result; raises TypebarError if there are none."""
+    found = out if isinstance(out, torch.Tensor) else getattr(out, "logits", None)
+    if not isinstance(found, torch.Tensor):
+        raise TypebarError(f"a model must return logits [1, T, V] or an object with .logits, not {type(out).__name__}")
+    return found
 
 
 @contextmanager
@@ -97,20 +124,24 @@ def _quiet() -> Iterator[None]:
             handler.removeFilter(drop)
 
 
-def export(model: torch.nn.Module) -> Exported:
-    """Export `model` as a function of token ids [1, T] for any T; raises TypebarError if torch cannot."""
+def export(model: torch.nn.Module, function: Function = logits, memory: int | None = None) -> Exported:
+    """Export a function of `model` and token ids [1, T], for any T; raises TypebarError if torch cannot.
+
+    With `memory` it takes a second tensor, float32 [1, S, memory] for any S.
+    """
     tensors = dict(model.named_parameters(remove_duplicate=False))
     tensors.update(model.named_buffers(remove_duplicate=False))
     first: dict[int, str] = {}
     aliases = {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
     device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
-    ids = torch.zeros(1, _EXAMPLE_LENGTH, dtype=torch.int64, device=device)
-    wrapped = _Logits(model)
+    inputs = [torch.zeros(1, _EXAMPLE_LENGTH, dtype=torch.int64, device=device)]
+    if memory is not None:
+        inputs.append(torch.zeros(1, _EXAMPLE_SOURCE, memory, device=device))
+    wrapped = _Call(model, function)
+    dynamic = tuple({1: torch.export.Dim.DYNAMIC} for _ in inputs)
     try:
-        with _evaluation_mode(model), torch.no_grad(), _quiet():
-            program = torch.export.export(
-                wrapped, (ids,), dynamic_shapes=({1: torch.export.Dim.DYNAMIC},), strict=False
-            )
+        with _evaluation_mode(model), torch.no_grad(), _quiet(), _Scalars():
+            program = torch.export.export(wrapped, tuple(inputs), dynamic_shapes=dynamic, strict=False)
     except TypebarError:
         raise
     except Exception as error:  # torch.export raises whatever the model or its own tracing raises
@@ -131,9 +162,12 @@ def _reason(error: Exception) -> str:
 
 def _limit(program: torch.export.ExportedProgram) -> int | None:
     """The greatest number of tokens that the model's own checks allow, if they set one."""
-    limits = [int(r.upper) for r in program.range_constraints.values() if r.upper.is_Integer]
-    bounded = [n for n in limits if 0 < n < 2**31]
-    return min(bounded) if bounded else None
+    user = program.graph_signature.user_inputs[0]
+    ids = next(n for n in program.graph.nodes if n.op == "placeholder" and n.name == user)
+    size = ids.meta["val"].shape[1]
+    allowed = program.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
+    upper = int(allowed.upper) if allowed is not None and allowed.upper.is_Integer else 0
+    return upper if 0 < upper < 2**31 else None
 
 
 @dataclass
@@ -144,7 +178,7 @@ class _Importer:
     block: Block = field(default_factory=Block)
     values: dict[torch.fx.Node, Sequence[SSAValue]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-    tokens: object = None
+    inputs: list[object] = field(default_factory=list)
 
     def run(self) -> Block:
         signature = self.exported.program.graph_signature
@@ -163,21 +197,22 @@ class _Importer:
         return self.block
 
     def _placeholder(self, node: torch.fx.Node, sources: dict[str, str]) -> None:
+        value = node.meta["val"]
         if node.name not in sources:
-            value = node.meta["val"]
-            self.tokens = value.shape[1].node.expr if isinstance(value.shape[1], torch.SymInt) else None
-            if self.tokens is None:
+            what = "source texts" if self.inputs else "sequences"
+            if not isinstance(value.shape[1], torch.SymInt):
                 raise TypebarError(
-                    f"the model accepts sequences of {value.shape[1]} tokens only; make its forward work for any length"
+                    f"the model accepts {what} of {value.shape[1]} tokens only; make its forward work for any length"
                 )
-            argument = self.block.insert_arg(self._tensor_type(value)[0], 0)
-            argument.name_hint = "input_ids"
+            self.inputs.append(value.shape[1].node.expr)
+            argument = self.block.insert_arg(self._tensor_type(value)[0], len(self.block.args))
+            argument.name_hint = "memory" if len(self.inputs) > 1 else "input_ids"
             self.values[node] = [argument]
-            return
-        name = sources[node.name].removeprefix("model.")
-        op = ir.ParameterOp(self.exported.aliases.get(name, name), self._tensor_type(node.meta["val"])[0])
-        self.block.add_op(op)
-        self.values[node] = op.results
+        elif node.users:
+            name = sources[node.name].removeprefix("model.")
+            op = ir.ParameterOp(self.exported.aliases.get(name, name), self._tensor_type(value)[0])
+            self.block.add_op(op)
+            self.values[node] = op.results
 
     def _call(self, node: torch.fx.Node) -> None:
         target = node.target
@@ -230,9 +265,16 @@ class _Importer:
         shape, notes = [], []
         for axis, size in enumerate(value.shape):
             shape.append(size if isinstance(size, int) else DYNAMIC_INDEX)
-            if not isinstance(size, int) and size.node.expr != self.tokens:
-                notes.append(f"axis {axis} is {size}")
+            if not isinstance(size, int) and self.inputs and size.node.expr != self.inputs[0]:
+                notes.append(f"axis {axis} is {self._expression(size)}")
         return TensorType(DTYPES[value.dtype], shape), ", ".join(notes)
+
+    def _expression(self, size: torch.SymInt) -> str:
+        """A size in terms of T, the number of tokens, and S, that of the source text's positions."""
+        text = str(size.node.expr)
+        for symbol, name in zip(self.inputs, ("T", "S"), strict=False):
+            text = re.sub(rf"\b{symbol}\b", name, text)
+        return text
 
     def _encode(self, argument: object, operands: list[SSAValue]) -> Attribute:
         if isinstance(argument, torch.fx.Node):
@@ -260,7 +302,6 @@ def _module_path(node: torch.fx.Node) -> str:
     return path.removeprefix("model").removeprefix(".") if path.split(".")[0] == "model" else ""
 
 
-def to_graph(exported: Exported, context: int) -> ModuleOp:
-    """The exported program as a module with one `tb.graph`; raises LoweringError for calls that are not torch's own."""
-    block = _Importer(exported).run()
-    return ModuleOp([ir.GraphOp(context, Region([block]))])
+def to_graph(exported: Exported, context: int, encoder: bool = False) -> ir.GraphOp:
+    """The exported program as a `tb.graph`; raises LoweringError for calls that are not torch's own."""
+    return ir.GraphOp(context, Region([_Importer(exported).run()]), encoder)

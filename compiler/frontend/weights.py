@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from typebar.compiler.frontend.facts import read_json
 from typebar.isa.errors import TypebarError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+Place = tuple[Path, str]
+"""A file, and a tensor's name in it."""
+
 _OLD_BUFFERS = (
     *(f".{module}.{buffer}" for module in ("attn", "attention") for buffer in ("bias", "masked_bias")),
     ".rotary_emb.inv_freq",
@@ -104,7 +109,7 @@ class CheckpointSource(WeightSource):
     `stored` maps each of the graph's names to the file and the name in it. Raises TypebarError for unreadable files.
     """
 
-    def __init__(self, stored: Mapping[str, tuple[Path, str]]) -> None:
+    def __init__(self, stored: Mapping[str, Place]) -> None:
         """Remember where each parameter lies."""
         self._stored = dict(stored)
 
@@ -115,16 +120,16 @@ class CheckpointSource(WeightSource):
     def shape(self, name: str) -> tuple[int, ...]:
         """The parameter's shape, from the file's header."""
         path, key = self._place(name)
-        with _opened(path) as file:
+        with _opened(path) as file, _reading(path, key):
             return tuple(file.get_slice(key).get_shape())
 
     def load(self, name: str) -> np.ndarray:
         """The parameter's values, read from its file now."""
         path, key = self._place(name)
-        with _opened(path) as file:
+        with _opened(path) as file, _reading(path, key):
             return _as_numpy(file.get_tensor(key))
 
-    def _place(self, name: str) -> tuple[Path, str]:
+    def _place(self, name: str) -> Place:
         if name not in self._stored:
             raise _unknown(name)
         return self._stored[name]
@@ -181,16 +186,24 @@ def _opened(path: Path) -> safe_open:
         raise TypebarError(f"cannot read weights from {path}: {error}; copy the checkpoint again") from error
 
 
+@contextmanager
+def _reading(path: Path, key: str) -> Iterator[None]:
+    """Names the file and the tensor if the library cannot read it."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise TypebarError(f"{path} lacks {key!r} or holds it damaged: {error}; copy it again") from error
+
+
 def stored_tensors(directory: Path) -> dict[str, Path]:
     """The file of every tensor of a checkpoint; raises TypebarError if it has no (whole) safetensors files."""
     index = directory / _INDEX
     if index.is_file():
-        try:
-            placed = json.loads(index.read_text())["weight_map"]
-            found = {str(key): directory / str(file) for key, file in placed.items()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise TypebarError(f"{index} is no index of weights: {error}; copy the checkpoint again") from error
-        missing = sorted({p.name for p in found.values() if not p.is_file() or p.parent != directory})
+        placed = read_json(index).get("weight_map")
+        if not isinstance(placed, dict):
+            raise TypebarError(f"{index} is no index of weights: it has no weight_map; copy the checkpoint again")
+        found = {str(key): directory / str(file) for key, file in placed.items()}
+        missing = sorted(p.name for p in set(found.values()) if p.parent != directory or not p.is_file())
         if missing:
             raise TypebarError(f"{directory} lacks the weight file {missing[0]} that its index names; copy it again")
         return found
@@ -203,20 +216,42 @@ def stored_tensors(directory: Path) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), single)
 
 
+def tied_apart(files: Mapping[str, Place], aliases: Mapping[str, str], prefix: str) -> list[str]:
+    """The names that the builder tied to others while the checkpoint holds other values for them.
+
+    A configuration may tie what its checkpoint does not: the tensors decide. `aliases` maps all names of a tensor to
+    one of them; `prefix` is the base model's, which files may leave out.
+    """
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for alias, name in aliases.items():
+        keys = [k for k in _spellings(alias, prefix) if k in files]
+        if keys:
+            groups.setdefault(name, []).append((alias, keys[0]))
+    apart = []
+    for (_, first), *others in groups.values():
+        apart += [alias for alias, key in others if key != first and not _equal(files, first, key)]
+    return apart
+
+
 def bind(
-    directory: Path, aliases: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], prefix: str
+    directory: Path,
+    files: Mapping[str, Place],
+    aliases: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    prefix: str,
+    ignored: Sequence[re.Pattern[str]] = (),
 ) -> WeightSource:
     """Find each of the graph's parameters in a checkpoint; `prefix` is the base model's, which files may leave out.
 
-    `aliases` maps all names of a tensor to the graph's; a tied tensor is found under any of them. Raises TypebarError
-    for parameters that are missing, of another shape, or tied by the configuration while their values differ, and for
-    weights that the graph does not use: the configuration then describes another model.
+    `files` are the stored tensors by the names that the model has for them. `aliases` maps all names of a tensor to the
+    graph's; a tied tensor is found under any of them. Raises TypebarError for parameters that are missing, of another
+    shape, or stored twice with other values, and for weights that the graph does not use and that no pattern of
+    `ignored` is found in: the configuration then describes another model.
     """
-    files = stored_tensors(directory)
     groups: dict[str, list[str]] = {name: [] for name in shapes}
     for alias, name in aliases.items():
         groups.setdefault(name, []).append(alias)
-    stored: dict[str, tuple[Path, str]] = {}
+    stored: dict[str, Place] = {}
     missing = []
     used: set[str] = set()
     for name in shapes:
@@ -224,9 +259,11 @@ def bind(
         if not keys:
             missing.append(name)
             continue
-        stored[name] = (files[keys[0]], keys[0])
+        stored[name] = files[keys[0]]
         used.update(keys)
-        _require_equal(keys, files, name)
+        for key in keys[1:]:
+            if key != keys[0] and not _equal(files, keys[0], key):
+                raise TypebarError(f"{directory} holds {name!r} as {keys[0]!r} and as {key!r}, which differ; keep one")
     if missing:
         raise TypebarError(
             f"{directory} lacks {len(missing)} parameters, the first is {missing[0]!r}; "
@@ -239,10 +276,12 @@ def bind(
                 f"{name!r} is {list(source.shape(name))} in {directory}, its config.json says {list(shape)}; "
                 "they must agree"
             )
-    unused = [key for key in files if key not in used and _is_weight(files[key], key)]
+    unused = [key for key in files if key not in used and not any(p.search(key) for p in ignored)]
+    unused = [key for key in unused if _is_weight(*files[key])]
     if unused:
+        first = files[unused[0]][1]
         raise TypebarError(
-            f"config.json leaves {len(unused)} of the tensors in {directory} unused, the first is {unused[0]!r}; "
+            f"config.json leaves {len(unused)} of the tensors in {directory} unused, the first is {first!r}; "
             "it must describe all its weights"
         )
     return source
@@ -266,12 +305,6 @@ def _spellings(name: str, prefix: str) -> Sequence[str]:
     return (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
 
 
-def _require_equal(keys: Sequence[str], files: Mapping[str, Path], name: str) -> None:
-    places = [CheckpointSource({k: (files[k], k)}) for k in dict.fromkeys(keys)]
-    if len(places) < 2:
-        return
-    first = places[0].load(places[0].names()[0])
-    for place in places[1:]:
-        key = place.names()[0]
-        if not np.array_equal(first, place.load(key)):
-            raise TypebarError(f"{name!r} and {key!r} differ but config.json ties them; untie them there")
+def _equal(files: Mapping[str, Place], first: str, second: str) -> bool:
+    source = CheckpointSource({key: files[key] for key in (first, second)})
+    return source.shape(first) == source.shape(second) and np.array_equal(source.load(first), source.load(second))
