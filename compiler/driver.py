@@ -133,6 +133,12 @@ def write(compiled: Compiled, path: str | Path, progress: Callable[[int, int], N
     return write_image(path, fields, words, compiled.graph, tokenizer, memory.plans, packer.payload, progress)
 
 
+def source_context(model: FrontendModel) -> int | None:
+    """The most source positions of a lowered model with an encoder; None for one without."""
+    encoder = model.module.body.block.first_op
+    return encoder.context.value.data if isinstance(encoder, ir.EncoderOp) else None
+
+
 def _facts(model: FrontendModel) -> dict[str, Any]:
     """What the host needs to know of a model.
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
-from xdsl.dialects.builtin import ModuleOp
+from xdsl.dialects.builtin import ModuleOp, SymbolRefAttr
 from xdsl.ir import Block, Operation
 
 from typebar.compiler import device_ir as dev
@@ -156,6 +156,7 @@ class _Planner:
         for layer in layers:
             for op in block.ops:
                 if isinstance(op, ir.RepeatOp):
+                    self.plan_shared(op)
                     start = op.start.value.data
                     self.walk(op.body.block, [(start, number) for number in range(op.count.value.data)])
                 elif isinstance(op, PhaseOp):
@@ -164,6 +165,14 @@ class _Planner:
                 else:
                     self.plan(op, layer)
         self.plan_caches(block, len(layers))
+
+    def plan_shared(self, loop: ir.RepeatOp) -> None:
+        """Plan what all layers of a loop read before them, so that what is each layer's own lies at even distances."""
+        counted = dict(self.accounting)
+        for op in loop.body.walk():
+            if not _layered(op):
+                self.plan(op, (loop.start.value.data, 0))
+        self.accounting = counted | {"packed_weight_bytes": self.accounting["packed_weight_bytes"]}
 
     def source(self, source: SourceOp) -> None:
         """Plan what runs once a request: its tensors, the encoder's cache, and rows for each source position."""
@@ -357,6 +366,17 @@ class _Planner:
                     f"the model needs {need} bytes of {what} on each of {self.devices} devices and machine "
                     f"{self.machine.name} has {have}: use more devices or a larger machine"
                 )
+
+
+def _layered(op: Operation) -> bool:
+    """Whether an operation reads a tensor of its own in each layer."""
+    if isinstance(op, dev.MatrixOp | dev.HeadOp):
+        names = [item.weight for item in op.pieces]
+    elif isinstance(op, dev.BiasOp):
+        names = [(item.bias if op.scales is None else item.scale) or item.weight for item in op.pieces]
+    else:
+        names = [ir.text(item) for item in op.properties.values() if isinstance(item, SymbolRefAttr)]
+    return any("{" in name for name in names)
 
 
 def _kv_heads(op: dev.AttentionOp | AttendOp | CacheOp) -> int:

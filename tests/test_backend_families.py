@@ -10,15 +10,18 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from step_models import StepWriter
+from test_backend import memories
 
 import typebar
 from typebar.compiler.driver import Compiled, build, write
 from typebar.compiler.evaluate import evaluate_step
 from typebar.compiler.frontend import FrontendModel
 from typebar.compiler.packing import unpack_weights
+from typebar.isa.errors import TypebarError
 from typebar.isa.image import Image
-from typebar.isa.instructions import Format
+from typebar.isa.instructions import Format, Region
 from typebar.isa.machine import Machine
+from typebar.sim.functional import FunctionalSimulator
 from typebar.sim.timing import TimingResult, run_timing
 
 TINY = Machine.load("tiny")
@@ -242,3 +245,205 @@ def timing(made: Compiled, prompt: int) -> TimingResult:
 def test_windows_and_biases_together(tmp_path: Path) -> None:
     for context, length in ((60, 60), (200, 150)):
         check(transformer(biased("relative", 4, window=20), context=context, layers=1), tmp_path, length, (2,))
+
+
+def int8(w: StepWriter, x: str) -> str:
+    q = w.linear(x, 24, "h.{}.q", True, int8=True)
+    k, v = w.linear(x, 24, "h.{}.k", False, "in_out", int8=True), w.linear(x, 24, "h.{}.v", int8=True)
+    return w.linear(w.attention(q, k, v, 3, 3, scale=0.02), w.widths[x], "h.{}.o", True, "in_out", True)
+
+
+def mixed(w: StepWriter, x: str) -> str:
+    q, k = w.linear(x, 24, "h.{}.q", True, "out_in", True), w.linear(x, 24, "h.{}.k")
+    v = w.linear(x, 24, "h.{}.v", True, "out_in", True)
+    return w.linear(w.attention(q, k, v, 3, 3), w.widths[x], "h.{}.o")
+
+
+@pytest.mark.parametrize("attend", [int8, mixed])
+def test_int8_weights(attend: Callable[[StepWriter, str], str], tmp_path: Path) -> None:
+    model = transformer(attend)
+    check(model, tmp_path, 12)
+    found = unpack_weights(Image.open(tmp_path / "3.safetensors"))
+    for name in model.weights.names():
+        assert found(name).dtype == model.weights.load(name).dtype, name
+        assert np.array_equal(found(name), model.weights.load(name)), name
+
+
+def test_values_that_are_no_int8_are_refused(tmp_path: Path) -> None:
+    w = StepWriter(19, 8)
+    logits = w.linear(w.embedding("token", "wte", 16), 19, "head", int8=True)
+    w.weights["head.weight"] = w.weights["head.weight"] + np.float32(0.5)
+    with pytest.raises(TypebarError, match=r"'head.weight' has a scale and values that are no int8"):
+        write(build(w.model(logits), TINY, 1, Format.FP16), tmp_path / "bad.safetensors")
+
+
+Make = Callable[[], FrontendModel]
+
+
+def head(vocab: int, cap: bool = False, int8: bool = False, bias: bool = True) -> FrontendModel:
+    w = StepWriter(vocab, 16)
+    logits = w.linear(w.scale(w.embedding("token", "wte", 32), 0.37), vocab, "head", bias, "out_in", int8)
+    if cap:
+        logits = w.scale(w.activation(w.scale(logits, 1 / 3.0), "tanh"), 3.0)
+    return w.model(logits)
+
+
+def parallel() -> FrontendModel:
+    """GPT-J's: attention and feed-forward part from one norm, both added at once."""
+    w = StepWriter(43, 24)
+    x = w.embedding("token", "wte", 32)
+    with w.layers(x, 2) as (x, result):
+        h = w.norm(x, "h.{}.ln")
+        a = separate(4, 4, 8, turned=4, pairing="interleaved")(w, h)
+        m = w.linear(w.activation(w.linear(h, 64, "h.{}.up", True), "gelu_tanh"), 32, "h.{}.down", True)
+        result.append(w.add(w.add(a, m), x))
+    return w.model(w.linear(w.norm(result[0], "ln"), 43, "head", True))
+
+
+def gated() -> FrontendModel:
+    """One product for gate and up, sliced; norms without weights; vectors of parameters on split and whole values."""
+    w = StepWriter(43, 24)
+    x = w.mul(w.embedding("token", "wte", 32), w.parameter("first", 32))
+    with w.layers(x, 2) as (x, result):
+        x = w.add(x, separate(4, 2, 8)(w, w.norm(x, "", "rms_norm", weight=False)))
+        both = w.linear(w.norm(x, "h.{}.ln", "layer_norm", weight=False, bias=True), 100, "h.{}.both", True)
+        h = w.mul(w.activation(w.slice(both, 0, 50), "silu"), w.slice(both, 50, 50))
+        h = w.add(w.mul(h, w.parameter("h.{}.factor", 50)), w.parameter("shared", 50))
+        result.append(w.add(x, w.mul(w.parameter("h.{}.gain", 32), w.linear(h, 32, "h.{}.down"))))
+    return w.model(w.linear(w.norm(result[0], "", weight=False, bias=False), 43, "head"))
+
+
+def post_norm() -> FrontendModel:
+    """OPT-350m's: widths change around the layers, which end in a norm."""
+    w = StepWriter(43, 24)
+    x = w.add(w.linear(w.embedding("token", "wte", 20), 36, "in"), w.embedding("position", "wpe", 36, 2))
+    with w.layers(x, 2) as (x, result):
+        x = w.norm(w.add(x, separate(3, 3, 12)(w, x)), "h.{}.ln1")
+        result.append(w.norm(w.add(x, w.linear(w.linear(x, 40, "h.{}.up"), 36, "h.{}.down", True)), "h.{}.ln2"))
+    return w.model(w.linear(w.linear(result[0], 20, "out"), 43, "head"))
+
+
+def products_only() -> FrontendModel:
+    """Layers that begin and end in products of a width that devices round up."""
+    w = StepWriter(43, 24)
+    x = w.linear(w.embedding("token", "wte", 20), 36, "in")
+    with w.layers(x, 3) as (x, result):
+        result.append(w.activation(w.linear(x, 36, "h.{}.a", True), "tanh"))
+    return w.model(w.linear(result[0], 43, "head"))
+
+
+def alternating() -> FrontendModel:
+    """GPT-Neo's: local and global layers by turns, two in each round of the loop."""
+    w = StepWriter(43, 150)
+    x = w.embedding("token", "wte", 32)
+    with w.layers(x, 2) as (x, result):
+        for offset, window in ((0, None), (1, 9)):
+            n = f"h.{{2:{offset}}}"
+            q, k, v = (w.linear(x, 32, f"{n}.{part}") for part in "qkv")
+            x = w.add(x, w.linear(w.attention(q, k, v, 4, 4, window=window, scale=0.5), 32, f"{n}.o"))
+            x = w.norm(x, f"{n}.ln")
+        result.append(x)
+    return w.model(w.linear(result[0], 43, "head"))
+
+
+def unrolled() -> FrontendModel:
+    """Layers of different shapes, and a loop between them."""
+    w = StepWriter(43, 24)
+    x = w.embedding("token", "wte", 32)
+    for number, heads in enumerate((2, 4)):
+        q, k, v = (w.linear(x, 32, f"h.{number}.{part}") for part in "qkv")
+        x = w.norm(w.add(x, w.attention(q, k, v, heads, heads)), f"h.{number}.ln")
+    with w.layers(x, 2, start=2) as (x, result):
+        result.append(w.add(x, separate(4, 4, 8)(w, w.norm(x, "h.{}.ln"))))
+    x = result[0]
+    q, k, v = (w.linear(x, size, f"h.4.{part}") for part, size in (("q", 32), ("k", 8), ("v", 8)))
+    x = w.add(x, w.attention(q, k, v, 4, 1))
+    return w.model(w.linear(x, 43, "head"))
+
+
+def shared() -> FrontendModel:
+    """ALBERT's: one set of weights for all layers, beside norms of their own."""
+    w = StepWriter(43, 24)
+    x = w.embedding("token", "wte", 32)
+    with w.layers(x, 3) as (x, result):
+        h = w.norm(x, "h.{}.ln")
+        q, k, v = (w.linear(h, 32, part, True) for part in "qkv")
+        x = w.add(x, w.linear(w.attention(q, k, v, 4, 4), 32, "o", True))
+        result.append(w.add(x, w.linear(w.linear(x, 40, "up", True), 32, "h.{}.down")))
+    return w.model(w.linear(result[0], 43, "head"))
+
+
+def sliced() -> FrontendModel:
+    """Slices of values that are no product, and of slices."""
+    w = StepWriter(43, 24)
+    x = w.embedding("token", "wte", 32)
+    low, high = w.slice(x, 0, 16), w.slice(x, 16, 16)
+    y = w.linear(w.mul(low, high), 24, "y", True)
+    z = w.add(w.slice(w.slice(y, 0, 16, 8, 16), 0, 8), w.slice(w.slice(y, 4, 16), 4, 8))
+    return w.model(w.linear(z, 43, "head"))
+
+
+SHAPES: dict[str, Make] = {
+    "head with bias": lambda: head(43),
+    "head with a soft cap": lambda: head(43, cap=True),
+    "int8 head": lambda: head(43, cap=True, int8=True),
+    "parallel": parallel,
+    "gated": gated,
+    "post-norm": post_norm,
+    "products only": products_only,
+    "alternating": alternating,
+    "unrolled": unrolled,
+    "shared": shared,
+    "sliced": sliced,
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_of_other_families(name: str, tmp_path: Path) -> None:
+    check(SHAPES[name](), tmp_path, 100 if name == "alternating" else 16)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_logits_in_chunks_with_biases(int8: bool, tmp_path: Path) -> None:
+    """More logits than fit the registers at a time."""
+    made = build(head(9000, True, int8), TINY, 1, Format.FP16)
+    assert any(label.startswith("logits") for label in made.program.labels)
+    check(head(9000, True, int8), tmp_path, 3, (2, 3))
+
+
+FILLED: dict[str, Make] = {
+    "rotary": lambda: transformer(separate(6, 2, 12, turned=8, pairing="interleaved")),
+    "bias": lambda: transformer(biased("table", 4)),
+    "bias in blocks": lambda: transformer(biased("relative", 1, 6, 2), context=150, layers=1),
+    "window": lambda: transformer(separate(4, 2, 8, window=9), context=150, layers=1),
+    "int8": lambda: transformer(int8),
+    "gated": gated,
+    "unrolled": unrolled,
+}
+
+
+@pytest.mark.parametrize("name", FILLED)
+def test_results_do_not_depend_on_what_memory_and_registers_held(name: str, tmp_path: Path) -> None:
+    path, model = tmp_path / "image.safetensors", FILLED[name]()
+    tokens = np.random.default_rng(2).integers(0, 43, min(model.config["context"], 130)).tolist()
+    write(build(model, TINY, 3, Format.FP16), path)
+    results = []
+    for filler in (0, 0xFF):
+        image = Image.open(path)
+        devices = memories(image, tokens, filler)
+        simulator = FunctionalSimulator(image.program, image.machine, 3, devices)
+        for device in range(3):
+            simulator.vector_registers(device).view(np.uint8)[:] = filler
+        simulator.run()
+        io = image.manifest.io
+        parts = [d.regions[Region.IO].view(np.float32)[16 * io["logits_line"] :] for d in devices]
+        results.append(np.concatenate([part[: io["logits_per_device"]] for part in parts])[:43])
+    assert np.isfinite(results[0]).all()
+    assert np.array_equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("name", FILLED)
+def test_steps_take_time_on_the_timing_simulator(name: str) -> None:
+    result = timing(build(FILLED[name](), TINY, 2, Format.FP16), 10)
+    for causes in result.causes:
+        assert all(sum(unit.values()) == result.total_cycles for unit in causes.values())
