@@ -7,6 +7,7 @@ what it computes is compared with what is known, so the many ways to write one t
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -28,7 +29,7 @@ from xdsl.dialects.builtin import (
     f64,
     i64,
 )
-from xdsl.ir import Attribute, OpResult, SSAValue
+from xdsl.ir import Attribute, BlockArgument, OpResult, SSAValue
 
 from typebar.compiler import ir
 
@@ -77,14 +78,19 @@ _EVALUATED = (
     SHAPE_ONLY
     | MOVES
     | words(
-        """abs add alias all amax amin and any arange bitwise_and bitwise_not bitwise_or clamp clamp_max clamp_min clone
-        cos cumsum detach detach_ diff div embedding eq erf exp fill flip floor floor_divide full gather ge gelu gt
-        hardtanh index le lift_fresh_copy log log2 logical_and logical_not logical_or lt masked_fill max maximum mean
-        min minimum mul ne neg ones or outer pow reciprocal relu remainder round rsqrt rsub scalar_tensor sigmoid sign
-        silu sin softplus sqrt square sub sum tanh to _to_copy tril triu type_as var where zeros __and__ __or__
-        __xor__"""
+        """abs add alias all amax amin and any arange bitwise_and bitwise_not bitwise_or clamp clamp_max clamp_min
+        clone cos cumsum detach detach_ diff div embedding eq erf exp fill flip floor floor_divide full gather ge gelu
+        gt hardtanh index index_put le lift_fresh_copy log log2 logical_and logical_not logical_or lt masked_fill max
+        maximum mean min minimum mul ne neg ones or outer pow reciprocal relu remainder round rsqrt rsub scalar_tensor
+        sigmoid sign silu sin softplus sqrt square sub sum tanh to _to_copy tril triu type_as var where zeros __and__
+        __or__ __xor__"""
     )
 )
+
+
+_NOTE = re.compile(r"axis (\d+) is (.+)")
+SOURCE = "S"
+"""How notes on sizes write the number of the source text's positions."""
 
 
 class NotEvaluable(Exception):
@@ -159,6 +165,37 @@ def shape_of(value: SSAValue) -> tuple[int, ...]:
     return value.type.get_shape() if isinstance(value.type, TensorType) else ()
 
 
+def sizes_noted(value: SSAValue) -> dict[int, str]:
+    """Which axes of a value have a size that is an expression other than the number of tokens."""
+    if not isinstance(value, OpResult) or not isinstance(value.op, ir.AtenOp) or value.op.symbolic is None:
+        return {}
+    parts = value.op.symbolic.data.split("; ") if len(value.op.outs) > 1 else [value.op.symbolic.data]
+    part = parts[value.index] if len(parts) == len(value.op.outs) else value.op.symbolic.data
+    found = (_NOTE.fullmatch(note) for note in part.split(", "))
+    return {int(m[1]): m[2] for m in found if m is not None}
+
+
+def from_source(value: SSAValue, known: dict[SSAValue, bool | None]) -> bool | None:
+    """Whether a value is computed from the memory, and nothing of the tokens; None if from neither."""
+    stack = [value]
+    while stack:
+        top = stack[-1]
+        if top in known:
+            stack.pop()
+            continue
+        if not isinstance(top, OpResult):
+            known[top] = isinstance(top, BlockArgument) and top.index > 0
+            continue
+        sizes = isinstance(top.op, ir.AtenOp) and top.op.target.data == "aten.sym_size.int"
+        inputs = [] if sizes else list(top.op.operands)
+        waiting = [v for v in inputs if v not in known]
+        stack.extend(waiting)
+        if not waiting:
+            read = [known[v] for v in inputs if known[v] is not None]
+            known[top] = all(read) if read else None
+    return known[value]
+
+
 def _decode(attribute: Attribute, op: ir.AtenOp) -> object:
     match attribute:
         case UnitAttr():
@@ -215,10 +252,16 @@ class Evaluator:
     """
 
     def __init__(
-        self, tokens: int, lookup: Lookup | None = None, given: Mapping[SSAValue, object] | None = None
+        self,
+        tokens: int,
+        lookup: Lookup | None = None,
+        given: Mapping[SSAValue, object] | None = None,
+        source: int | None = None,
     ) -> None:
-        """Remember the number of tokens, where constants come from and the preset values."""
+        """Remember the numbers of tokens and of source positions, where constants come from and the preset values."""
         self.tokens = tokens
+        self.source = source
+        self._from_source: dict[SSAValue, bool | None] = {}
         self.lookup = lookup
         self._values: dict[SSAValue, object] = dict(given or {})
 
@@ -299,19 +342,29 @@ class Evaluator:
         source, axis = op.inputs[0], arguments(op)[1]
         if not isinstance(source.type, TensorType) or not isinstance(axis, int):
             raise NotEvaluable("a size is taken of something that is no tensor")
-        if isinstance(source, OpResult) and isinstance(source.op, ir.AtenOp) and source.op.symbolic is not None:
-            value = self(source)
-            assert isinstance(value, torch.Tensor)
-            return int(value.shape[axis])
-        size = source.type.get_shape()[axis]
-        return self.tokens if size == DYNAMIC_INDEX else size
+        return self._length(source, axis % len(source.type.get_shape()))
+
+    def _length(self, value: SSAValue, axis: int) -> int:
+        size = shape_of(value)[axis]
+        if size != DYNAMIC_INDEX:
+            return size
+        note = sizes_noted(value).get(axis)
+        if note == SOURCE or (note is None and from_source(value, self._from_source)):
+            if self.source is None:
+                raise NotEvaluable("it depends on the length of the source text")
+            return self.source
+        if note is None:
+            return self.tokens
+        made = self(value)
+        assert isinstance(made, torch.Tensor)
+        return int(made.shape[axis])
 
     def _blank(self, value: SSAValue) -> torch.Tensor:
         if not isinstance(value.type, TensorType):
             raise NotEvaluable("a shape is taken of something that is no tensor")
-        if isinstance(value, OpResult) and isinstance(value.op, ir.AtenOp) and value.op.symbolic is not None:
+        if any(note != SOURCE for note in sizes_noted(value).values()):
             raise NotEvaluable("a shape is taken of a tensor whose size is not the number of tokens")
-        shape = [self.tokens if s == DYNAMIC_INDEX else s for s in value.type.get_shape()]
+        shape = [self._length(value, axis) for axis in range(value.type.get_num_dims())]
         dtypes = {attribute: dtype for dtype, attribute in DTYPES.items()}
         return torch.zeros(shape, dtype=dtypes[value.type.element_type])
 

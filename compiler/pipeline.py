@@ -13,12 +13,14 @@ from xdsl.utils.exceptions import ArgSpecParseError, ParseError, VerifyException
 
 from typebar.compiler import device_ir, ir
 from typebar.compiler.aten import Define, Lookup
+from typebar.compiler.device_source import SourceOp
 from typebar.compiler.passes.allocate import AllocatePass
 from typebar.compiler.passes.canonicalise import Canonicalise
 from typebar.compiler.passes.classify_masks import ClassifyMasks, classify
 from typebar.compiler.passes.fuse import FusePass
 from typebar.compiler.passes.make_incremental import MakeIncremental, make_incremental
 from typebar.compiler.passes.partition import PartitionPass
+from typebar.compiler.passes.phases import PhasesPass
 from typebar.compiler.passes.recognise import Recognise, recognise
 from typebar.compiler.passes.reroll import Reroll
 from typebar.compiler.passes.tensors import Tensors
@@ -27,7 +29,7 @@ from typebar.compiler.verify import verify
 from typebar.isa.errors import TypebarError
 
 _FRONT = (Canonicalise, Recognise, ClassifyMasks, MakeIncremental, Reroll)
-_BACK = (PartitionPass, FusePass, AllocatePass)
+_BACK = (PartitionPass, FusePass, PhasesPass, AllocatePass)
 PASSES: dict[str, type[ModulePass]] = {made.name: made for made in (*_FRONT, *_BACK)}
 """Every pass by its name, in the order in which they lead from a graph to a re-rolled step and on to an allocated
 program; those of the second half take options, such as `partition{devices=4}`."""
@@ -91,7 +93,7 @@ def _check_subject(step: ModulePass, module: ModuleOp) -> None:
 
 def _check(module: ModuleOp) -> None:
     """The rules of the form that the module has: a graph or a step, or a device's program."""
-    if not isinstance(module.body.block.first_op, device_ir.ProgramOp):
+    if not isinstance(module.body.block.first_op, device_ir.ProgramOp | SourceOp):
         verify(module)
         return
     try:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from xdsl.context import Context
-from xdsl.dialects.builtin import DYNAMIC_INDEX, ModuleOp, StringAttr, TensorType
-from xdsl.ir import SSAValue
+from xdsl.dialects.builtin import DYNAMIC_INDEX, Float32Type, ModuleOp, StringAttr, TensorType
+from xdsl.ir import OpResult, SSAValue
 from xdsl.passes import ModulePass
 from xdsl.rewriter import Rewriter
 
@@ -18,12 +16,14 @@ from typebar.compiler.aten import (
     arguments,
     base_name,
     depends_on_tokens,
+    from_source,
     named,
     parameter,
     shape_of,
 )
 from typebar.compiler.passes.attention import MASKED
 from typebar.compiler.passes.canonicalise import erase_unused, merge_equal
+from typebar.compiler.passes.masks import ScoreMask, Unclassified, classify_scores
 from typebar.compiler.passes.tensors import Tensors
 from typebar.compiler.problems import LoweringError, Problem, keep_name, node_name
 
@@ -52,15 +52,6 @@ def classify(module: ModuleOp, tensors: Tensors) -> list[Problem]:
     return problems
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """A mask's kind, or why it is none."""
-
-    name: str = ""
-    window: int | None = None
-    problem: tuple[str, str] | None = None
-
-
 class _Classifier:
     def __init__(self, graph: ir.GraphOp, tensors: Tensors) -> None:
         self.graph, self.tensors = graph, tensors
@@ -68,7 +59,8 @@ class _Classifier:
         lengths = {1, 2, 3, self.context // 2, self.context}
         self.lengths = sorted(n for n in lengths if 0 < n <= self.context)
         self.evaluators = {n: Evaluator(n, tensors.lookup) for n in self.lengths}
-        self.masks: dict[SSAValue, _Kind] = {}
+        self.masks: dict[tuple[SSAValue, bool, int], ScoreMask | Unclassified] = {}
+        self.sources: dict[SSAValue, bool | None] = {}
         self.known: dict[SSAValue, bool] = {}
         self.problems: list[Problem] = []
 
@@ -85,38 +77,75 @@ class _Classifier:
 
     def _attention(self, op: ir.AttentionOp) -> None:
         assert op.allowed is not None
-        if op.allowed not in self.masks:
-            self.masks[op.allowed] = self._mask(op.allowed)
-        kind = self.masks[op.allowed]
-        if kind.problem is not None:
-            self.problems.append(Problem(node_name(op), *kind.problem))
+        crossing = bool(from_source(op.k, self.sources)) and not from_source(op.q, self.sources)
+        key = (op.allowed, crossing, op.heads.value.data)
+        if key not in self.masks:
+            try:
+                self.masks[key] = self._crossing(*key) if crossing else self._mask(*key)
+            except Unclassified as refusal:
+                self.masks[key] = refusal
+        kind = self.masks[key]
+        if isinstance(kind, Unclassified):
+            self.problems.append(Problem(node_name(op), kind.reason, kind.remedy))
             return
-        op.properties["mask"] = StringAttr(kind.name)
+        op.properties["mask"] = StringAttr(kind.mask)
         if kind.window is not None:
             op.properties["window"] = ir.number(kind.window)
+        if kind.bias is not None and kind.bias_kind is not None:
+            name = self.tensors.table(_stem(op.allowed, kind.bias_kind), kind.bias)
+            op.properties["bias"], op.properties["bias_kind"] = ir.symbol(name), StringAttr(kind.bias_kind)
         op.operands = [op.q, op.k, op.v]
 
-    def _mask(self, value: SSAValue) -> _Kind:
-        """The one kind that the mask has at every length tried; the last is the whole context."""
-        if self.context > LONGEST:
-            rule = f"its mask cannot be checked on all pairs of {self.context} positions"
-            return _Kind(problem=(rule, f"declare a context of at most {LONGEST}"))
-        kind = _Kind()
-        for length in reversed(self.lengths):
-            try:
-                mask = self.evaluators[length](value)
-            except NotEvaluable as error:
-                return _Kind(problem=(f"its mask cannot be worked out: {error}", "build it from positions alone"))
-            assert isinstance(mask, torch.Tensor)
-            if kind.name:  # a kind found at the full length must hold at every other
-                if not _is_kind(mask, kind, length):
-                    rule = f"its mask changes kind with the length: not {kind.name} at {length} tokens"
-                    return _Kind(problem=(rule, "let the mask of two positions depend on these alone"))
-                continue
-            kind = _read_off(mask, length)
-            if kind.problem is not None:
-                return kind
+    def _mask(self, value: SSAValue, crossing: bool, heads: int) -> ScoreMask:
+        """What the mask is over all pairs up to the context, once it is the same at every shorter length tried."""
+        whole = self._planes(value, heads, self.context, self.context)
+        kind = classify_scores(whole, self.graph.encoder)
+        for length in reversed(self.lengths[:-1]):
+            planes = self._planes(value, heads, length, length)
+            part = whole[:, :length, :length]
+            equal = planes.shape == part.shape and torch.equal(planes <= MASKED, part <= MASKED)
+            if not equal or not torch.equal(planes.clamp(min=MASKED), part.clamp(min=MASKED)):
+                what = kind.mask if kind.bias is None else "the same"
+                rule = f"its mask changes kind with the length: not {what} at {length} tokens"
+                raise Unclassified(rule, "let the mask of two positions depend on these alone")
         return kind
+
+    def _crossing(self, value: SSAValue, crossing: bool, heads: int) -> ScoreMask:
+        """A mask between a text and its source must let everything be seen."""
+        for length, source in ((1, 2), (3, 2), (self.lengths[-1], 5)):
+            planes = self._planes(value, heads, length, source)
+            if bool(planes.ne(0).any()):
+                raise Unclassified(
+                    "its mask hides positions of the source text, or adds a bias to them",
+                    "let every token see all of the source text",
+                )
+        return ScoreMask("none")
+
+    def _planes(self, value: SSAValue, heads: int, length: int, source: int) -> torch.Tensor:
+        """What is added to scores, float32 [1 or heads, length, source]; -inf where a choice leaves scores out."""
+        if length * source > LONGEST**2:
+            rule = f"its mask cannot be checked on all pairs of {length} positions"
+            raise Unclassified(rule, f"declare a context of at most {LONGEST}")
+        evaluator = self.evaluators.get(length) if length == source else None
+        try:
+            mask = (evaluator or Evaluator(length, self.tensors.lookup, source=source))(value)
+        except NotEvaluable as error:
+            reason = f"its mask cannot be worked out: {error}"
+            raise Unclassified(reason, "build it from positions alone") from error
+        assert isinstance(mask, torch.Tensor)
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+        planes = mask.float()
+        try:
+            planes = planes.expand(*planes.shape[:-2], length, source).reshape(-1, length, source)
+        except RuntimeError:
+            planes = planes.reshape(-1, 1, 1)
+        if len(planes) not in (1, heads) or planes.shape[1:] != (length, source):
+            raise Unclassified(
+                f"its mask of shape {list(mask.shape)} is none of {length} by {source} positions for {heads} heads",
+                "give every head, or all of them, a mask over all pairs of positions",
+            )
+        return planes
 
     def _position_rows(self, op: ir.AtenOp) -> None:
         """A row of a table for each position becomes `tb.embedding` of `tb.positions`."""
@@ -186,43 +215,16 @@ class _Classifier:
         Rewriter.erase_op(op)
 
 
-def _allowed(mask: torch.Tensor, length: int) -> torch.Tensor | None:
-    """The mask as booleans [length, length], equal for all heads; None if it is none of that."""
-    if mask.ndim < 2 or mask.shape[-2:] != (length, length):
-        return None
-    planes = mask.reshape(-1, length, length)
-    if any(not torch.equal(planes[0], plane) for plane in planes[1:]):
-        return None
-    plane = planes[0]
-    if plane.dtype == torch.bool:
-        return plane
-    allowed = plane == 0
-    return allowed if bool((allowed | (plane <= MASKED)).all()) else None
-
-
-def _expected(kind: str, window: int | None, length: int) -> torch.Tensor:
-    full = torch.ones(length, length, dtype=torch.bool)
-    if kind == "none":
-        return full
-    lower = full.tril()
-    return lower if window is None else lower.triu(1 - window)
-
-
-def _is_kind(mask: torch.Tensor, kind: _Kind, length: int) -> bool:
-    allowed = _allowed(mask, length)
-    return allowed is not None and torch.equal(allowed, _expected(kind.name, kind.window, length))
-
-
-def _read_off(mask: torch.Tensor, length: int) -> _Kind:
-    """The kind of a mask over all pairs of positions; a window as wide as the context is a causal mask."""
-    allowed = _allowed(mask, length)
-    if allowed is None:
-        rule = f"its mask of shape {list(mask.shape)} differs by head or adds a bias to scores"
-        return _Kind(problem=(rule, "use one causal or windowed mask of zero and -inf, or booleans, for all heads"))
-    for kind, window in (("causal", None), ("window", int(allowed[-1].sum())), ("none", None)):
-        if window != 0 and torch.equal(allowed, _expected(kind, window, length)):
-            return _Kind(kind, window)
-    row, column = (int(n) for n in (allowed != _expected("causal", None, length)).nonzero()[0])
-    does = "attends" if allowed[row, column] else "does not attend"
-    rule = f"its mask is neither causal nor a sliding window: position {row} {does} to {column}"
-    return _Kind(problem=(rule, "use a causal mask or a sliding window"))
+def _stem(value: SSAValue, kind: str) -> str:
+    """How a bias is named: after the parameter it is made from, if there is one, and its kind."""
+    stack, seen = [value], set[SSAValue]()
+    while stack:
+        top = stack.pop()
+        if top in seen or not isinstance(top, OpResult):
+            continue
+        seen.add(top)
+        matrix = isinstance(top.type, TensorType) and top.type.get_num_dims() > 1
+        if isinstance(top.op, ir.ParameterOp) and matrix and isinstance(top.op.out.type.element_type, Float32Type):
+            return f"{ir.text(top.op.source)}:{kind}"
+        stack.extend(top.op.operands)
+    return f"bias:{kind}"

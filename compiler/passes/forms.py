@@ -167,7 +167,7 @@ def _run(op: ir.AtenOp, sources: Sequence[SSAValue], tokens: int) -> list[np.nda
     for result in op.outs:
         if DYNAMIC_INDEX not in tensor_shape(result):
             raise Refused("it takes some of the positions", "compute every position; return logits for all of them")
-    evaluator = Evaluator(tokens, given=given)
+    evaluator = Evaluator(tokens, given=given, source=tokens)
     places = []
     for result in op.outs:
         axis = sequence_axis(result)

@@ -19,7 +19,7 @@ from xdsl.passes import ModulePass
 from xdsl.rewriter import Rewriter
 
 from typebar.compiler import ir
-from typebar.compiler.aten import MOVES, base_name, depends_on_tokens, keywords
+from typebar.compiler.aten import MOVES, SOURCE, base_name, depends_on_tokens, keywords, sizes_noted
 from typebar.compiler.passes.canonicalise import erase_unused
 from typebar.compiler.passes.forms import (
     Form,
@@ -170,7 +170,8 @@ class _StepMaker:
         self.forms.update(zip(op.results, forms, strict=True))
 
     def _check_symbolic(self, op: Operation) -> None:
-        if isinstance(op, ir.AtenOp) and op.symbolic is not None:
+        if isinstance(op, ir.AtenOp) and any(n != SOURCE for r in op.outs for n in sizes_noted(r).values()):
+            assert op.symbolic is not None
             raise Refused(f"it changes the number of tokens: {op.symbolic.data}", "keep the axis of tokens as it is")
 
     def _rule(self, op: Operation) -> Callable[[Operation], list[Form]]:

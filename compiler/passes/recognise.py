@@ -39,7 +39,7 @@ def recognise(module: ModuleOp, tensors: Tensors) -> None:
             block = graph.body.block
             computed = computed_values(block)
             recognise_activations(block, computed)
-            recognise_attention(block, computed)
+            recognise_attention(block, computed, tensors)
             recognise_norms(block, computed)
             fold_constants(block, computed, tensors)
             scope = _Scope(computed, tensors)
@@ -194,6 +194,15 @@ def _addmm(op: ir.AtenOp, scope: _Scope) -> Operation | None:
     return _linear_op(op, x, weight, bias, False) if not keywords(op) else None
 
 
+def _int8_linear(op: ir.AtenOp, scope: _Scope) -> Operation | None:
+    """x times an int8 weight [in, out] and a scale for each column, as the ONNX frontend writes it."""
+    x, weight, scale = arguments(op)
+    name, scales = parameter(weight), parameter(scale)
+    if not isinstance(x, SSAValue) or name is None or scales is None:
+        return None
+    return ir.LinearOp(x, name, None, ir.LAYOUTS[0], op.outs[0].type, scales)
+
+
 def _embedding(op: ir.AtenOp, scope: _Scope) -> Operation | None:
     table, index = arguments(op)[:2]
     name = parameter(table)
@@ -280,6 +289,7 @@ _RULES: dict[str, _Rule] = {
     "aten.layer_norm.default": _layer_norm,
     "aten.rms_norm.default": _fused_rms_norm,
     "aten.linear.default": _linear,
+    "typebar.int8_linear.default": _int8_linear,
     "aten.matmul.default": _matmul,
     "aten.mm.default": _matmul,
     "aten.addmm.default": _addmm,

@@ -25,7 +25,9 @@ class Rotation:
 
 def rotation(form: Form) -> Rotation:
     """Read a form of [heads, size] as a rotation of pairs; raises Refused if it is none."""
-    two: np.ndarray = form.element[1] != NONE if len(form.element) == 2 else np.zeros(form.element.shape[1:], dtype=bool)
+    two: np.ndarray = (
+        form.element[1] != NONE if len(form.element) == 2 else np.zeros(form.element.shape[1:], dtype=bool)
+    )
     turned = int(two[0].sum())
     if not turned or turned % 2 or (two != (np.arange(two.shape[1]) < turned)).any():
         raise Refused(

@@ -1,5 +1,5 @@
 // passes: classify-masks
-// A bias that grows with the distance is no mask.
+// A bias over all pairs of positions, later ones too, is none for a decoder.
 builtin.module {
   tb.graph attributes {context = 8} {
   ^bb0(%q: tensor<1x2x?x2xf32>):
@@ -14,4 +14,4 @@ builtin.module {
   }
 }
 // -----
-// error: sdpa: its mask of shape [8, 8] differs by head or adds a bias to scores
+// error: sdpa: its mask is neither causal nor a sliding window: position 0 attends to 1, and each position to all later ones
