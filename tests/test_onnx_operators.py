@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+
 from typebar.compiler.frontend.onnx.module import OnnxModule
 
 WIDTH, ROWS = 16, 11
@@ -78,8 +79,8 @@ SIMPLE: dict[str, tuple[list[onnx.NodeProto], Arrays]] = {
     **{kind: ([node(kind, "x v")], W) for kind in ("Add", "Sub", "Mul", "Div", "Min", "Max")},
     **{
         kind: ([node(kind, "x")], {})
-        for kind in ("Neg", "Abs", "Exp", "Sin", "Cos", "Tanh", "Erf", "Relu", "Sigmoid", "Softplus", "Gelu")
-        + ("Floor", "Ceil", "Sign", "Elu", "LeakyRelu", "HardSwish", "Mish", "Selu", "Softmax", "LogSoftmax")
+        for kind in """Neg Abs Exp Sin Cos Tanh Erf Relu Sigmoid Softplus Gelu Floor Ceil Sign Elu LeakyRelu HardSwish
+        Mish Selu Softmax LogSoftmax""".split()
     },
     "Identity": ([node("Identity", "x")], {}),
     "Dropout": ([node("Dropout", "x")], {}),

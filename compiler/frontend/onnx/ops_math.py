@@ -420,9 +420,8 @@ def cast(call: Call) -> Result:
 def where(call: Call) -> Result:
     """Elements of one value or of another."""
     condition, yes, no = (call.required(i) for i in range(3))
-    chosen = _where_sizes(condition, yes, no)
-    if chosen is not None:
-        return chosen
+    if (choice := _where_sizes(condition, yes, no)) is not None:
+        return choice
     if (of_nan := _without_nan(call)) is not None:
         return of_nan
     decided = uniform(condition)
@@ -434,8 +433,12 @@ def where(call: Call) -> Result:
             return Filled(shape, same_value.value, same_value.dtype)
         return taken if same_shape(shape_of(taken), shape) else call.tensor(index).expand(shape)
     rank = max(rank_of(v) for v in (condition, yes, no))
+    chosen = call.tensor(0)
     a, b = (_branch(call, i, rank, condition) for i in (1, 2))
-    return torch.where(call.tensor(0), a, b)
+    for shape in [v.shape for v in (chosen, a, b) if isinstance(v, torch.Tensor)]:
+        chosen = call.reader.trimmed(chosen, shape)
+        a, b = (call.reader.trimmed(v, shape) if isinstance(v, torch.Tensor) else v for v in (a, b))
+    return torch.where(chosen, a, b)
 
 
 def _branch(call: Call, index: int, rank: int, condition: Value) -> torch.Tensor | Number:
