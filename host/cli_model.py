@@ -135,7 +135,9 @@ def compile_(
 
 def run(
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="An image.")],
-    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The text to continue; to an encoder, the source text.")] = None,
+    chat: Annotated[str | None, typer.Option(help="What to say to a model trained to answer, instead.")] = None,
+    system: Annotated[str | None, typer.Option(help="With --chat: the system's message before it.")] = None,
     prompt_ids: Annotated[
         str | None, typer.Option(metavar="ID,ID,...", help="The token ids to continue, instead of text.")
     ] = None,
@@ -152,14 +154,16 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Generate text from a prompt."""
-    if (prompt is None) == (prompt_ids is None):
-        raise TypebarError("run takes one of --prompt TEXT and --prompt-ids ID,ID,...: give exactly one")
+    if sum(item is not None for item in (prompt, chat, prompt_ids)) != 1:
+        raise TypebarError("run takes one of --prompt TEXT, --chat TEXT and --prompt-ids ID,ID,...: give exactly one")
+    if system is not None and chat is None:
+        raise TypebarError("--system goes before a message: give --chat TEXT too")
     if wave is not None and device is not DeviceChoice.RTL:
         raise TypebarError(f"--wave dumps the hardware's signals, which --device {device} has not: give --device rtl")
     from typebar.host import api
 
     ids = None if prompt_ids is None else token_ids(prompt_ids)
-    shown = prompt
+    shown: str | None = None
 
     def stream(piece: str) -> None:
         nonlocal shown
@@ -171,8 +175,11 @@ def run(
     # One terminal cannot show a line that grows and one that is written anew.
     held = slow and sys.stdout.isatty() and sys.stderr.isatty()
     with status_line(slow) as show, api.load(image, _rtl(wave, show) if slow else device.value) as model:
+        if not model.has_encoder:
+            shown = prompt  # the text goes on from it; an encoder's output does not
         result = model.generate(
             prompt,
+            messages=None if chat is None else conversation(chat, system),
             input_ids=ids,
             max_new_tokens=max_new_tokens,
             do_sample=do_sample,
@@ -191,6 +198,12 @@ def run(
     for line in (*result.reasons, *result.flags):
         note(line)
     note(f"{len(result.tokens)} tokens on {result.device_name}, ended by {result.finish_reason}")
+
+
+def conversation(message: str, system: str | None) -> list[dict[str, str]]:
+    """A user's message, after the system's if there is one."""
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": message}]
 
 
 def _rtl(wave: Path | None, show: Callable[[str], None]) -> list[Candidate]:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from xdsl.dialects.builtin import SymbolRefAttr
 
 from typebar.compiler import ir
+from typebar.compiler.interpreter import StepInterpreter
 from typebar.compiler.packing import unpack_weights
 from typebar.host.facts import image_facts
 from typebar.host.generation import check_tokens
@@ -138,8 +139,16 @@ def _feed(
         if not image.tokenizer:
             raise TypebarError("the image has no tokenizer: give token ids, or compile with a tokenizer.json")
         input_ids = TextTokenizer(image.tokenizer).encode(prompt)
-    facts = image_facts(image)
-    return Fed(check_tokens(facts, list(input_ids or ())))
+    facts, given = image_facts(image), list(input_ids or ())
+    if facts.encoder is None:
+        return Fed(check_tokens(facts, given))
+    source = check_tokens(facts.encoder, given)
+    step = StepInterpreter(points.module, lambda name: torch.from_numpy(lookup(name)))
+    step.encode(source)
+    tokens = [facts.encoder.start]
+    while len(tokens) < min(1 + new_tokens, facts.context):
+        tokens.append(int(step.step(tokens[-1], len(tokens) - 1).argmax()))
+    return Fed(tokens, source)
 
 
 def _source_lookup(model: str | os.PathLike[str]) -> Lookup:

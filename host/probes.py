@@ -186,6 +186,8 @@ def simulate_points(image: Image, points: Points, fed: Fed) -> Values:
     device = SimulatedDevice(image.machine, image.manifest.devices)
     device.watch(owners, hook)
     engine = DeviceEngine(image, device, "sim")
+    if fed.source is not None:
+        engine.encode(fed.source)
     for token in fed.tokens:
         recorder.add(LOGITS, engine.logits([token]))
     return recorder.values()
