@@ -15,6 +15,13 @@ Definitions, for a prompt of P tokens and N new ones on D devices:
 - total_ms: all cycles at the clock, and host_ms.
 - device_cycles_per_s: D x total cycles over the seconds that the timing run itself took; wall_s is all of `simulate`.
 - breakdown: cycles of device 0's matrix unit by cause; they sum to total_cycles, as every unit's do.
+
+With an encoder the prompt is the source text: P counts its tokens, and decoding starts from one token. Then
+
+- encode: cycles until device 0 has encoded the source text, and K and V of every cross-attention are stored; prefill
+  includes them. Figures of a model without an encoder are None.
+- useful bytes per token include K and V of the P source positions for cross-attention; bytes of the whole run include
+  the encoder's weights, read once for each source position, and what its attentions read and store.
 """
 
 from __future__ import annotations
@@ -65,6 +72,7 @@ class SimulationReport:
     total_ms: float
     device_cycles_per_s: float
     wall_s: float
+    encode: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data."""
@@ -82,6 +90,16 @@ class _Subject:
     entry: int
     io: IoMap
     accounting: Mapping[str, int]
+    source_context: int | None = None
+    """Source positions at most, for a model with an encoder; `entry` is then where a source text is encoded."""
+
+    def fed(self, prompt: int) -> int:
+        """Tokens that decoding starts from."""
+        return prompt if self.source_context is None else 1
+
+    def account(self, name: str) -> int:
+        """A figure of the accounting; those of an encoder are 0 where there is none."""
+        return self.accounting.get(name, 0)
 
 
 def simulate(
@@ -103,7 +121,7 @@ def simulate(
         devices: devices on the ring; an image's own number, 4 for the others.
         weights: fp16 or bf16; an image's own format, fp16 for the others.
         settings: machine parameters to override, such as {"hbm.latency": 80}.
-        prompt_tokens: tokens of the prompt.
+        prompt_tokens: tokens of the prompt; with an encoder, of the source text.
         new_tokens: tokens to generate; none of them ends the text.
         trace: a file to write a Perfetto trace to.
 
@@ -114,7 +132,7 @@ def simulate(
     if trace is not None:
         _check_trace(trace)
     subject = _subject(source, machine, devices, weights, _texts(settings))
-    _check_lengths(prompt_tokens, new_tokens, subject.context)
+    _check_lengths(prompt_tokens, new_tokens, subject)
     io = _io_words(subject, prompt_tokens, new_tokens)
     # A first run that only halts brings in the compiled simulator, so that the rate measured is the simulator's own.
     run_timing(Program([op("halt")]), subject.machine, 1, io[:1])
@@ -188,9 +206,10 @@ def _subject(
             chosen,
             manifest.devices,
             facts.context,
-            facts.entry,
+            facts.entry if facts.encoder is None else facts.encoder.entry,
             facts.io,
             facts.accounting,
+            None if facts.encoder is None else facts.encoder.context,
         )
 
 
@@ -209,14 +228,22 @@ def _compiled(source: str | os.PathLike[str], machine: Machine, devices: int, we
         raise TypebarError(f"there is no image {name!r}, and no shape of that name; shapes and models are: {known}")
     made = driver.build(load_model(places.get(name, source) if name not in SHAPES else name), machine, devices, fmt)
     context, memory = int(made.model.config["context"]), made.memory
-    return _Subject(made.program, machine, devices, context, 0, memory.io, memory.accounting)
+    entry = made.program.labels.get("encode", made.program.labels["main"])
+    return _Subject(
+        made.program, machine, devices, context, entry, memory.io, memory.accounting, driver.source_context(made.model)
+    )
 
 
-def _check_lengths(prompt: int, new: int, context: int) -> None:
+def _check_lengths(prompt: int, new: int, subject: _Subject) -> None:
     for name, value in (("prompt_tokens", prompt), ("new_tokens", new)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise TypebarError(f"{name} must be an integer, at least 1, not {value!r}")
-    if prompt + new > context:
+    most, context = subject.source_context, subject.context
+    if most is not None and prompt > most:
+        raise TypebarError(f"prompt_tokens = {prompt} exceed the encoder's context of {most} tokens: ask for less")
+    if most is not None and 1 + new > context:
+        raise TypebarError(f"new_tokens = {new} exceed the decoder's context of {context} tokens: ask for less")
+    if most is None and prompt + new > context:
         raise TypebarError(
             f"prompt_tokens = {prompt} and new_tokens = {new} exceed the context of {context} tokens: ask for less"
         )
@@ -226,7 +253,8 @@ def _io_words(subject: _Subject, prompt: int, new: int) -> NDArray[np.int32]:
     """The IO region of every device before the launch; the prompt's tokens are zeros."""
     words = np.zeros((subject.devices, subject.io.bytes // _WORD), np.int32)
     first = subject.io.descriptor_line * LINE_BYTES // _WORD
-    for name, value in {"count": prompt, "new": new, "eos": -1}.items():
+    source = 0 if subject.source_context is None else prompt
+    for name, value in {"count": subject.fed(prompt), "new": new, "eos": -1, "source": source}.items():
         words[:, first + DESCRIPTOR_WORDS[name]] = value
     return words
 
@@ -236,7 +264,11 @@ def _report(
 ) -> SimulationReport:
     machine = subject.machine
     words = encode(subject.program).tobytes()
-    prefill = _first_token(subject, result, prompt)
+    io = subject.io
+    prefill = _stored(result, io.tokens_line * LINE_BYTES + subject.fed(prompt) * _WORD)
+    encoded = None
+    if subject.source_context is not None:
+        encoded = _stored(result, io.descriptor_line * LINE_BYTES + DESCRIPTOR_WORDS["encoded"] * _WORD)
     per_cycle = 1 / (machine.clock_mhz * 1e3)
     link = 2 * machine.host.latency_ns * 1e-6
     link += (LINE_BYTES + (prompt + new) * _WORD) / (machine.host.megabytes_per_second * 1e3)
@@ -257,16 +289,20 @@ def _report(
         total_ms=result.total_cycles * per_cycle + link,
         device_cycles_per_s=result.total_cycles * result.devices / seconds,
         wall_s=time.perf_counter() - start,
+        encode={
+            "tokens": None if encoded is None else prompt,
+            "cycles": encoded,
+            "ms": None if encoded is None else encoded * per_cycle,
+        },
     )
 
 
-def _first_token(subject: _Subject, result: TimingResult, prompt: int) -> int:
-    """Cycle from which the host can see the first new token on device 0."""
-    place = subject.io.tokens_line * LINE_BYTES + prompt * _WORD
+def _stored(result: TimingResult, place: int) -> int:
+    """Cycle from which the host can see the word that device 0 stores at a byte of IO."""
     for store in result.stores:
         if store.device == 0 and store.line * LINE_BYTES + store.byte == place:
             return store.cycle
-    raise AssertionError("the program stored no token")
+    raise AssertionError(f"the program stored nothing at byte {place}")
 
 
 def _decode(subject: _Subject, prompt: int, new: int, cycles: int) -> dict[str, Any]:
@@ -276,8 +312,9 @@ def _decode(subject: _Subject, prompt: int, new: int, cycles: int) -> dict[str, 
     )
     if tokens:
         # Positions prompt to prompt + tokens - 1 attend to one token more than their number.
-        attended = prompt + (tokens + 1) / 2
+        attended = subject.fed(prompt) + (tokens + 1) / 2
         useful = subject.accounting["weight_bytes"] + subject.accounting["kv_bytes_per_position"] * attended
+        useful += subject.account("cross_kv_bytes_per_position") * prompt
         seconds = cycles / (subject.machine.clock_mhz * 1e6) / tokens
         limit = useful / (subject.devices * subject.machine.hbm_bytes_per_second)
         figures = {
@@ -296,9 +333,15 @@ def _hbm(subject: _Subject, result: TimingResult, prompt: int, new: int) -> dict
     def total(name: str) -> int:
         return sum(int(getattr(counters, name)) for counters in result.counters)
 
-    passes, per_position = prompt + new - 1, subject.accounting["kv_bytes_per_position"]
-    weights = subject.accounting["weight_bytes"] * passes - subject.accounting["head_bytes"] * (prompt - 1)
+    fed, per_position = subject.fed(prompt), subject.accounting["kv_bytes_per_position"]
+    passes = fed + new - 1
+    weights = subject.accounting["weight_bytes"] * passes - subject.accounting["head_bytes"] * (fed - 1)
     kv, stored = per_position * passes * (passes + 1) // 2, per_position * passes
+    if subject.source_context is not None:
+        own, cross = subject.account("source_kv_bytes_per_position"), subject.account("cross_kv_bytes_per_position")
+        weights += subject.account("source_weight_bytes") * prompt
+        kv += own * prompt * prompt + cross * prompt * passes
+        stored += (own + cross) * prompt
     moved = {name: total(f"{name}_bytes") for name in ("weights_fetched", "kv_fetched", "kv_written")}
     return {
         "weight_bytes": weights,
