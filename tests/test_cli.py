@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from typebar.isa.errors import TypebarError
 from typebar.isa.image import Image
 from typebar.isa.machine import Machine, shipped_machines
 from typebar.isa.program import decode, encode
-from typebar.models import shipped
+from typebar.models import find, shipped
 from typebar.models.real import real_models
 
 FRONT = Path(__file__).parent / "compiler" / "front"
@@ -289,3 +290,39 @@ def test_examples_run(script: str, tmp_path: Path) -> None:
         assert "All 64 tokens equal torch's float32 greedy tokens." in made.stdout
     else:
         assert len(path.read_text().splitlines()) < 30 and "ms/token on 4 x u280" in made.stdout
+
+
+def test_facts_that_the_files_lack_are_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "short.safetensors"
+    ring = ["--machine", "tiny", "--devices", "1"]
+    data(capsys, "compile", MODEL, "-o", str(path), *ring, "--context", "32", "--eos", "7")
+    with Image.open(path) as opened:
+        assert (opened.manifest.model["context"], opened.manifest.model["eos"]) == (32, 7)
+    assert main(["run", str(path), "--prompt", PROMPT, "--max-new-tokens", "64", "--device", "sim"]) == 2
+    assert "context of 32" in capsys.readouterr().err
+
+
+def test_a_chat_goes_through_the_models_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    talker, path = tmp_path / "talker", tmp_path / "talker.safetensors"
+    shutil.copytree(find(MODEL).path, talker)
+    template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}[answer]"
+    (talker / "chat_template.jinja").write_text(template)
+    data(capsys, "compile", str(talker), "-o", str(path), "--machine", "tiny", "--devices", "1")
+    options = ["run", str(path), "--max-new-tokens", "4", "--device", "sim"]
+    answer = data(capsys, *options, "--chat", "Who goes there?", "--system", "Be brief.")
+    spelt = data(capsys, *options, "--prompt", "[system] Be brief. [user] Who goes there? [answer]")
+    assert (answer["tokens"], answer["prompt_tokens"]) == (spelt["tokens"], spelt["prompt_tokens"])
+    assert output(capsys, *options, "--chat", "Who goes there?").strip() != ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--chat", "a"], "no chat template"),
+        (["--prompt", "a", "--chat", "b"], "exactly one"),
+        (["--prompt", "a", "--system", "b"], "give --chat"),
+    ],
+)
+def test_bad_chats(image: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(image), *arguments, "--device", "sim"]) == 2
+    assert says in capsys.readouterr().err
