@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 from onnx import TensorProto, helper, numpy_helper
 
 from typebar.isa.errors import TypebarError
@@ -86,9 +87,30 @@ def read_file(path: Path) -> OnnxFile:
         model = onnx.load_model(path, format="protobuf", load_external_data=False)
     except (DecodeError, OSError, ValueError, RuntimeError) as error:
         raise TypebarError(f"cannot read {path} as ONNX: {_line(error)}; export the model again") from error
+    _check_text(model, path)
     if not model.graph.node and not model.graph.output:
         raise TypebarError(f"{path} holds no ONNX graph; export the model again")
     return OnnxFile(path, model, {})
+
+
+def _check_text(message: Any, path: Path) -> None:
+    """Refuse text that is not UTF-8, which arrives as bytes."""
+    stack = [message]
+    while stack:
+        top = stack.pop()
+        if isinstance(top, TensorProto):  # its other fields are values, perhaps many
+            texts: list[Any] = [top.name]
+            stack.extend(top.external_data)
+        else:
+            texts = []
+            for field, value in top.ListFields():
+                values = [value] if isinstance(value, str | bytes | Message) else value
+                if field.type == field.TYPE_STRING:
+                    texts.extend(values)
+                elif field.type == field.TYPE_MESSAGE:
+                    stack.extend(values)
+        if any(not isinstance(text, str) for text in texts):
+            raise TypebarError(f"{path} holds a name that is no text; export the model again")
 
 
 def stored_tensor(tensor: TensorProto, folder: Path) -> StoredTensor:
