@@ -151,7 +151,9 @@ class _Classifier:
         """A row of a table for each position becomes `tb.embedding` of `tb.positions`."""
         name, rows = parameter(op.inputs[0]), shape_of(op.inputs[0])
         type = op.outs[0].type
-        if name is None or len(rows) != 2 or not isinstance(type, TensorType) or DYNAMIC_INDEX not in type.get_shape():
+        if name is None or len(rows) != 2 or not isinstance(type, TensorType):
+            return
+        if type.get_shape().count(DYNAMIC_INDEX) != 1:  # a table of pairs of positions is a bias of scores
             return
         if base_name(op) == "slice":
             offset = self._start(op)
