@@ -81,7 +81,7 @@ def _truncated(a: Any, b: Any) -> Any:
     return a // b
 
 
-def _elementwise(call: Call, on_numbers: Callable[[Any, Any], Any], on_tensors: Callable[..., torch.Tensor]) -> Value:
+def elementwise(call: Call, on_numbers: Callable[[Any, Any], Any], on_tensors: Callable[..., torch.Tensor]) -> Value:
     """A binary operation, on sizes as numbers, on uniform tensors once, and on tensors as torch does it."""
     a, b = call.required(0), call.required(1)
     if isinstance(a, Sizes) or isinstance(b, Sizes):
@@ -123,18 +123,18 @@ def _filled(shape: tuple[Size, ...], value: Any) -> Filled:
 
 def _one_side(call: Call, index: int, other: Value) -> torch.Tensor | Number:
     """An operand; a uniform tensor that adds no axis and no size to the other is a number."""
-    number = _number_beside(call.required(index), other)
+    number = number_beside(call.required(index), other)
     return call.operand(index, rank_of(other)) if number is None else number
 
 
-def _number_beside(value: Value, other: Value) -> Number | None:
+def number_beside(value: Value, other: Value) -> Number | None:
     """The one value of a uniform tensor that adds no axis and no size to `other`."""
     if not isinstance(value, Filled) or not isinstance(other, torch.Tensor):
         return None
     return value.value if same_shape(broadcast(value.shape, other.shape), other.shape) else None
 
 
-def _tensors(function: Callable[[Any, Any], torch.Tensor]) -> Callable[[Any, Any], torch.Tensor]:
+def on_both(function: Callable[[Any, Any], torch.Tensor]) -> Callable[[Any, Any], torch.Tensor]:
     """The function, for tensors only: numbers become tensors of the other's type."""
 
     def call(a: Any, b: Any) -> torch.Tensor:
@@ -148,7 +148,7 @@ def _tensors(function: Callable[[Any, Any], torch.Tensor]) -> Callable[[Any, Any
     return call
 
 
-def _zero(value: Value, other: Value, number: Number) -> bool:
+def is_uniform(value: Value, other: Value, number: Number) -> bool:
     """Whether `value` is `number` everywhere and combining it with `other` leaves the other's shape."""
     found = uniform(value)
     if found is None or not isinstance(other, torch.Tensor) or found.value != number:
@@ -161,20 +161,20 @@ def add(call: Call) -> Result:
     """a + b; a uniform zero, as a mask of ones makes it, adds nothing."""
     a, b = call.required(0), call.required(1)
     for value, other in ((a, b), (b, a)):
-        if _zero(value, other, 0):
+        if is_uniform(value, other, 0):
             return other
         norm = call.reader.norm_of(other)
         if norm is not None and norm.weight is not None and _vector(value, norm.x):
             return layer_norm(norm.x, norm.weight, _as_vector(call, value), norm.eps)
-    return _elementwise(call, operator.add, lambda x, y: x + y)
+    return elementwise(call, operator.add, lambda x, y: x + y)
 
 
 @rule("Sub")
 def subtract(call: Call) -> Result:
     """a - b."""
-    if _zero(call.required(1), call.required(0), 0):
+    if is_uniform(call.required(1), call.required(0), 0):
         return call.required(0)
-    return _elementwise(call, operator.sub, lambda x, y: x - y)
+    return elementwise(call, operator.sub, lambda x, y: x - y)
 
 
 @rule("Mul")
@@ -184,14 +184,14 @@ def multiply(call: Call) -> Result:
     for x, y in ((a, b), (b, a)):
         if isinstance(x, Quantised | Product):
             return _scaled(call, x, y)
-        if _zero(x, y, 1):
+        if is_uniform(x, y, 1):
             return y
         norm = call.reader.norm_of(y)
         if norm is not None and norm.weight is None and _vector(x, norm.x):
             weight = _as_vector(call, x)
             made = layer_norm(norm.x, weight, None, norm.eps)
             return call.reader.note_norm(made, Norm(norm.x, norm.eps, weight))
-    return _elementwise(call, operator.mul, lambda x, y: x * y)
+    return elementwise(call, operator.mul, lambda x, y: x * y)
 
 
 def _scaled(call: Call, a: Quantised | Product, b: Value) -> Value:
@@ -231,8 +231,8 @@ def divide(call: Call) -> Result:
     whole = all(as_items(v) is not None or (isinstance(v, torch.Tensor) and not v.is_floating_point())
                 for v in call.inputs[:2])  # fmt: skip
     if whole and any(isinstance(v, torch.Tensor) for v in call.inputs[:2]):
-        return _elementwise(call, _truncated, lambda x, y: torch.div(x, y, rounding_mode="trunc"))
-    return _elementwise(call, _truncated, lambda x, y: x / y)
+        return elementwise(call, _truncated, lambda x, y: torch.div(x, y, rounding_mode="trunc"))
+    return elementwise(call, _truncated, lambda x, y: x / y)
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -282,15 +282,15 @@ def _is_square_of(call: Call, value: Value) -> bool:
 @rule("Pow")
 def power(call: Call) -> Result:
     """a ** b."""
-    return _elementwise(call, operator.pow, lambda x, y: x**y)
+    return elementwise(call, operator.pow, lambda x, y: x**y)
 
 
 @rule("Mod")
 def modulo(call: Call) -> Result:
     """The remainder, with the divisor's sign unless fmod is asked for."""
     if call.integer("fmod", 0):
-        return _elementwise(call, lambda x, y: float(np.fmod(x, y)), _tensors(torch.fmod))
-    return _elementwise(call, operator.mod, lambda x, y: x % y)
+        return elementwise(call, lambda x, y: float(np.fmod(x, y)), on_both(torch.fmod))
+    return elementwise(call, operator.mod, lambda x, y: x % y)
 
 
 @rule("Min", "Max")
@@ -301,38 +301,8 @@ def extremum(call: Call) -> Result:
     result = call.required(0)
     for value in call.inputs[1:]:
         step = Call(call.node, [result, value], call.opset, call.reader)
-        result = _elementwise(step, on_numbers, _tensors(torch.minimum if least else torch.maximum))
+        result = elementwise(step, on_numbers, on_both(torch.minimum if least else torch.maximum))
     return result
-
-
-_COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
-    "Equal": operator.eq,
-    "Greater": operator.gt,
-    "GreaterOrEqual": operator.ge,
-    "Less": operator.lt,
-    "LessOrEqual": operator.le,
-}
-
-
-@rule(*_COMPARISONS)
-def compare(call: Call) -> Result:
-    """A comparison, element by element."""
-    function = _COMPARISONS[call.node.op_type]
-    return _elementwise(call, function, function)
-
-
-@rule("And", "Or", "Xor")
-def logical(call: Call) -> Result:
-    """A logical operation; with a uniform operand it may be the other one."""
-    kind = call.node.op_type
-    a, b = call.required(0), call.required(1)
-    if kind != "Xor":
-        for value, other in ((a, b), (b, a)):
-            if _zero(value, other, kind == "And"):
-                return other
-    numbers = {"And": lambda x, y: x and y, "Or": lambda x, y: x or y, "Xor": operator.ne}[kind]
-    tensors = {"And": torch.logical_and, "Or": torch.logical_or, "Xor": torch.logical_xor}[kind]
-    return _elementwise(call, numbers, _tensors(tensors))
 
 
 _UNARY: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[Any], Any] | None]] = {
@@ -414,73 +384,6 @@ def cast(call: Call) -> Result:
         return value
     tensor = call.tensor(0)
     return tensor if tensor.dtype == wanted else tensor.to(wanted)
-
-
-@rule("Where")
-def where(call: Call) -> Result:
-    """Elements of one value or of another."""
-    condition, yes, no = (call.required(i) for i in range(3))
-    if (choice := _where_sizes(condition, yes, no)) is not None:
-        return choice
-    if (of_nan := _without_nan(call)) is not None:
-        return of_nan
-    decided = uniform(condition)
-    if decided is not None:
-        taken, index = (yes, 1) if decided.value else (no, 2)
-        shape = broadcast(broadcast(decided.shape, shape_of(yes)), shape_of(no))
-        same_value = uniform(taken)
-        if same_value is not None:
-            return Filled(shape, same_value.value, same_value.dtype)
-        return taken if same_shape(shape_of(taken), shape) else call.tensor(index).expand(shape)
-    rank = max(rank_of(v) for v in (condition, yes, no))
-    chosen = call.tensor(0)
-    a, b = (_branch(call, i, rank, condition) for i in (1, 2))
-    for shape in [v.shape for v in (chosen, a, b) if isinstance(v, torch.Tensor)]:
-        chosen = call.reader.trimmed(chosen, shape)
-        a, b = (call.reader.trimmed(v, shape) if isinstance(v, torch.Tensor) else v for v in (a, b))
-    return torch.where(chosen, a, b)
-
-
-def _branch(call: Call, index: int, rank: int, condition: Value) -> torch.Tensor | Number:
-    number = _number_beside(call.required(index), condition)
-    return call.operand(index, rank) if number is None else number
-
-
-def _where_sizes(condition: Value, yes: Value, no: Value) -> Value:
-    """A choice between sizes by a condition known now, as exporters write Expand's target."""
-    if not isinstance(condition, np.ndarray) or not any(isinstance(v, Sizes) for v in (yes, no)):
-        return None
-    known = as_items(condition)
-    found = [as_items(v if not isinstance(v, Filled) or not v.shape else _listed(v)) for v in (yes, no)]
-    if known is None or found[0] is None or found[1] is None:
-        return None
-    (a, a_scalar), (b, b_scalar) = found[0], found[1]
-    count = max(len(known[0]), len(a), len(b))
-    columns = [v * count if len(v) == 1 else v for v in (known[0], a, b)]
-    if any(len(c) != count for c in columns):
-        return None
-    chosen = [x if c else y for c, x, y in zip(*columns, strict=True)]
-    return sizes(chosen, known[1] and a_scalar and b_scalar)
-
-
-def _listed(value: Filled) -> np.ndarray | None:
-    if len(value.shape) == 1 and isinstance(value.shape[0], int) and value.shape[0] < 64:
-        return np.full(value.shape[0], value.value)
-    return None
-
-
-def _without_nan(call: Call) -> Value:
-    """x for where(isnan(x), 0, x): exporters write it after a softmax for rows that a mask hides altogether.
-
-    A causal or bidirectional mask hides no row, and one that does is refused when it is classified.
-    """
-    maker, softmax = call.maker(0), call.maker(2)
-    zero = uniform(call.required(1))
-    if maker is None or maker.node.op_type != "IsNaN" or zero is None or zero.value != 0:
-        return None
-    if softmax is None or softmax.node.op_type != "Softmax" or maker.required(0) is not call.required(2):
-        return None
-    return call.required(2)
 
 
 @rule("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2")

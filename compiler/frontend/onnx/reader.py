@@ -10,7 +10,7 @@ import onnx
 import torch
 from onnx import AttributeProto, NodeProto
 
-from typebar.compiler.frontend.onnx import ops_attention, ops_math, ops_nn, ops_quantised, ops_shape
+from typebar.compiler.frontend.onnx import ops_attention, ops_logic, ops_math, ops_nn, ops_quantised, ops_shape
 from typebar.compiler.frontend.onnx.calls import RULES, Call, Norm
 from typebar.compiler.frontend.onnx.files import OnnxFile, StoredTensor, stored_tensor
 from typebar.compiler.frontend.onnx.fold import fold
@@ -28,7 +28,7 @@ from typebar.compiler.frontend.onnx.values import (
 from typebar.compiler.problems import Problem
 from typebar.isa.errors import TypebarError
 
-__all__ = ["GraphReader", "ops_attention", "ops_math", "ops_nn", "ops_quantised", "ops_shape"]
+__all__ = ["GraphReader", "ops_attention", "ops_logic", "ops_math", "ops_nn", "ops_quantised", "ops_shape"]
 
 _LARGEST_CONSTANT = 1 << 24
 _CONTROL = ("If", "Loop", "Scan")
