@@ -118,7 +118,7 @@ def model_source(
     if any(known.name == name for known in real_models()):
         real = find_real(name)
         return real.path(), {**real.facts, **(config or {})}
-    names = ", ".join(known.name for known in (*shipped(), *real_models()))
+    names = ", ".join([*(known.name for known in shipped()), *(known.name for known in real_models())])
     raise TypebarError(f"no model {name!r}: give a checkpoint directory, an .onnx or .gguf file, or one of {names}")
 
 

@@ -88,7 +88,8 @@ def check(
     source, config = model_source(model, config)
     name = os.fspath(model) if isinstance(model, str | os.PathLike) else type(model).__name__
     lowered, findings = _graph_findings(source, config)
-    fallback, commands = "nothing: the machine runs the whole model", (_compile(name, target.name, devices, weights),)
+    fallback = "nothing: the machine runs the whole model"
+    commands: tuple[str, ...] = (_compile(name, target.name, devices, weights),)
     if lowered is None:
         fallback, commands = _outside(source)
     else:

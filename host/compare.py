@@ -111,7 +111,7 @@ def compare(
     Raises:
         TypebarError: no prompt or two, too long a one, or a model that is not the image's.
     """
-    with Image.open(image) as opened:
+    with Image.open(os.fspath(image)) as opened:
         lookup = unpack_weights(opened) if against is None else _source_lookup(against)
         points = find_points(opened)
         fed = _feed(opened, points, lookup, prompt, input_ids, new_tokens)

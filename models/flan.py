@@ -73,7 +73,7 @@ def _parameters(path: Path, stack: str) -> dict[str, Tensor]:
 
 
 def _dequantised(name: str, stored: Mapping[str, onnx.TensorProto]) -> Tensor:
-    values = numpy_helper.to_array(stored[name])
+    values: Tensor = numpy_helper.to_array(stored[name])
     if values.dtype == np.float32:
         return values
     base = name.removesuffix("_quantized")

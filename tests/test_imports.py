@@ -71,6 +71,8 @@ def test_only_allowed_siblings(folder: str) -> None:
 @pytest.mark.parametrize("folder", [*(name for name in ALLOWED if not name or (ROOT / name).is_dir()), *OUTSIDE])
 def test_only_declared_packages(folder: str) -> None:
     known = declared(development=folder in OUTSIDE or folder == "hw") | set(sys.stdlib_module_names) | {"typebar"}
+    if folder == "compiler":
+        known |= {"gguf"}  # of the extra `models`: missing, it makes one line that says so
     if folder in OUTSIDE:
         known |= {"cocotb_tools"}  # comes with cocotb
         known |= {path.stem for path in (ROOT / folder).glob("*.py")}
