@@ -78,7 +78,8 @@ def _dequantised(name: str, stored: Mapping[str, onnx.TensorProto]) -> Tensor:
         return values
     base = name.removesuffix("_quantized")
     scale, zero = (numpy_helper.to_array(stored[f"{base}_{part}"]) for part in ("scale", "zero_point"))
-    return (values.astype(np.float32) - zero.astype(np.float32)) * scale
+    restored: Tensor = (values.astype(np.float32) - zero.astype(np.float32)) * scale
+    return restored
 
 
 def _parameter_name(node: str, stack: str) -> str:
