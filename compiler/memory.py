@@ -258,8 +258,8 @@ class _Planner:
         self.accounting["weight_bytes"] += useful * element
         if isinstance(op, dev.HeadOp):
             self.accounting["head_bytes"] = useful * element
-            for scales, name in ((False, pieces[0].bias), (True, pieces[0].scale)):
-                if name is not None:
+            for scales, own in ((False, pieces[0].bias), (True, pieces[0].scale)):
+                if own is not None:
                     self.plan_bias((op, "scale" if scales else "bias"), pieces, scales)
         self.accounting["macs_per_token"] += useful
 

@@ -139,7 +139,7 @@ def _cells(rows: Index, columns: Index) -> tuple[Any, Any]:
     """An index of the cells where rows and columns meet."""
     if isinstance(rows, slice) or isinstance(columns, slice):
         return rows, columns
-    return np.ix_(rows, columns)
+    return rows[:, None], columns
 
 
 def _held(meta: Mapping[str, Any], rank: int) -> Iterator[tuple[Segment, Index, Index]]:

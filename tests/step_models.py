@@ -143,18 +143,30 @@ class StepWriter:
     @contextmanager
     def layers(self, x: str, count: int, start: int = 0) -> Iterator[tuple[str, list[str]]]:
         """A loop over layers: gives its argument and a list to put the layer's result and get the loop's from."""
+        with self.carrying([x], count, start) as (arguments, results):
+            yield arguments[0], results
+
+    @contextmanager
+    def carrying(self, inits: list[str], count: int, start: int = 0) -> Iterator[tuple[list[str], list[str]]]:
+        """A loop that carries several values from layer to layer."""
         self.serial += 1
-        type, argument, out = _TYPE.format(self.widths[x]), f"%x{self.serial}", f"%out{self.serial}"
-        self.lines.append(f"{out} = tb.repeat({x}) attributes {{count = {count}, start = {start}}} {{")
-        self.lines.append(f"^layer{self.serial}({argument} : {type}):")
-        self.widths[argument] = self.widths[out] = self.widths[x]
+        types = [_TYPE.format(self.widths[x]) for x in inits]
+        arguments, outs = ([f"%{name}{self.serial}_{i}" for i in range(len(inits))] for name in ("x", "out"))
+        self.lines.append(
+            f"{', '.join(outs)} = tb.repeat({', '.join(inits)}) attributes {{count = {count}, start = {start}}} {{"
+        )
+        listed = ", ".join(f"{name} : {type}" for name, type in zip(arguments, types, strict=True))
+        self.lines.append(f"^layer{self.serial}({listed}):")
+        for x, argument, out in zip(inits, arguments, outs, strict=True):
+            self.widths[argument] = self.widths[out] = self.widths[x]
         self.loop = (start, count)
-        result: list[str] = []
-        yield argument, result
+        results: list[str] = []
+        yield arguments, results
         self.loop = None
-        self.lines.append(f"tb.yield({result.pop()}) : {type}")
-        self.lines.append(f"}} : ({type}) -> {type}")
-        result.append(out)
+        joined = ", ".join(types)
+        self.lines.append(f"tb.yield({', '.join(results)}) : {joined}")
+        self.lines.append(f"}} : ({joined}) -> ({joined})")
+        results[:] = outs
 
     def model(self, logits: str) -> FrontendModel:
         """The finished model."""

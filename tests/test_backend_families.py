@@ -383,7 +383,20 @@ def sliced() -> FrontendModel:
     return w.model(w.linear(z, 43, "head"))
 
 
+def carrying() -> FrontendModel:
+    """Two values from layer to layer, exchanged on the way, and the first one again after the loop."""
+    w = StepWriter(43, 24)
+    x = w.embedding("token", "wte", 32)
+    with w.carrying([x, x], 3) as ((a, b), results):
+        results += [w.add(b, w.linear(w.norm(a, "h.{}.ln"), 32, "h.{}.a")), a]
+    a, b = results
+    with w.carrying([a, b], 2, start=3) as ((a, b), results):
+        results += [b, a]
+    return w.model(w.linear(w.add(w.mul(results[0], w.parameter("p", 32)), w.add(results[1], x)), 43, "head"))
+
+
 SHAPES: dict[str, Make] = {
+    "carrying": carrying,
     "head with bias": lambda: head(43),
     "head with a soft cap": lambda: head(43, cap=True),
     "int8 head": lambda: head(43, cap=True, int8=True),

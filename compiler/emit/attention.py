@@ -52,8 +52,8 @@ class _Shape:
         self.bias_row = 0 if op.planes is None or op.planes.value.data == 1 else e.limits.round(context)
         if self.bias is not None and self.blocks and e.machine.attention_block % e.limits.align:
             raise TypebarError(
-                f"attention_block = {e.machine.attention_block} is no multiple of vector.align = {e.limits.align}: score "
-                "biases over several blocks need one"
+                f"attention_block = {e.machine.attention_block} is no multiple of vector.align = {e.limits.align}: "
+                "score biases over several blocks need one"
             )
 
     def patch(self, kind: Patch, head: int, at: Operand) -> dict[str, Operand | int]:
@@ -167,7 +167,7 @@ def _v_chunk(e: Emission, size: int) -> int:
 
 # Windows ------------------------------------------------------------------------------------------------
 def _window(e: Emission, shape: _Shape) -> None:
-    """SKIP: positions of the block from BLOCK on that are left out; LOW: those masked after them; lengths from there on.
+    """SKIP: positions of the block from BLOCK on that are left out; LOW: those masked after them; lengths after SKIP.
 
     Without blocks, CHUNK and V_LINE become the lines to skip in K and in V.
     """

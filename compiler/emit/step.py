@@ -203,8 +203,8 @@ def _emit_loop(e: Emission, loop: ir.RepeatOp) -> None:
         cache = e.memory.caches.get(op)
         if cache is not None and cache.layer_stride:
             steps[Region.KV] = cache.layer_stride
-    home = int(loop.attributes["at"].value.data) if loop.inits else 0  # type: ignore[attr-defined]
-    for value in loop.inits:
+    homes = [e.address(value) for value in loop.outs]
+    for value, home in zip(loop.inits, homes, strict=True):
         _copy(e, e.address(value), home, ir.width(value))
     for region in steps:
         build.constant(REGION_REGISTER[region], 0)
@@ -214,7 +214,7 @@ def _emit_loop(e: Emission, loop: ir.RepeatOp) -> None:
     e.in_loop = True
     for op in body.ops:
         if isinstance(op, ir.YieldOp):
-            for value in op.values:
+            for value, home in zip(op.values, homes, strict=True):
                 _copy(e, e.address(value), home, ir.width(value))
         elif isinstance(op, ir.RepeatOp):
             raise TypebarError("a loop inside a loop has no form here: run reroll once only")

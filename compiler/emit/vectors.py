@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from xdsl.ir import Block, BlockArgument, Operation, SSAValue
+from xdsl.ir import Block, BlockArgument, Operation, OpResult, SSAValue
 
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
@@ -35,7 +35,8 @@ class Emission:
         """Word address of a value."""
         owner = value.owner.parent_op() if isinstance(value.owner, Block) else value.owner
         if isinstance(owner, ir.RepeatOp):
-            return int(owner.attributes["at"].value.data)  # type: ignore[attr-defined]
+            assert isinstance(value, BlockArgument | OpResult)
+            return int(owner.attributes[f"at{value.index}"].value.data)  # type: ignore[attr-defined]
         return int(owner.address)  # type: ignore[union-attr]
 
     def base(self, region: Region) -> R:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from xdsl.context import Context
 from xdsl.dialects.builtin import ModuleOp
-from xdsl.ir import Block, Operation, SSAValue
+from xdsl.ir import Block, Operation, OpResult, SSAValue
 from xdsl.passes import ModulePass
 
 from typebar.compiler import device_ir as dev
@@ -161,7 +161,7 @@ def _loop_slots(
     terminator = body.last_op
     assert isinstance(terminator, ir.YieldOp)
     for init, arg, out, end in zip(loop.inits, body.args, loop.outs, terminator.values, strict=True):
-        only_here = all(use.operation is loop for use in init.uses)
+        only_here = len(list(init.uses)) == 1
         if init in slots and only_here and isinstance(init.owner, Operation):
             shared = slots[init]
         else:
@@ -204,4 +204,5 @@ def _record(slots: list[_Slot]) -> None:
                 if not isinstance(value.owner, ir.RepeatOp):
                     value.owner.properties["at"] = ir.number(item.at)
                 else:
-                    value.owner.attributes["at"] = ir.number(item.at)
+                    assert isinstance(value, OpResult)
+                    value.owner.attributes[f"at{value.index}"] = ir.number(item.at)

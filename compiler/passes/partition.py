@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from xdsl.context import Context
 from xdsl.dialects.builtin import IndexType, ModuleOp
-from xdsl.ir import Block, Operation, Region, SSAValue
+from xdsl.ir import Block, BlockArgument, Operation, Region, SSAValue
 from xdsl.passes import ModulePass
 from xdsl.rewriter import Rewriter
 
@@ -242,6 +242,15 @@ class _Partitioner:
         self.block.add_op(made)
         return made.out
 
+    def carried(self, value: SSAValue, index: int, op: Operation) -> SSAValue:
+        """What a layer hands on at `index`: another place's argument is copied first, for its place may be taken."""
+        found = self.exact(value, op)
+        if not isinstance(found, BlockArgument) or found.index == index:
+            return found
+        made = dev.CopyOp(found, 0, ir.width(found))
+        self.block.add_op(made)
+        return made.out
+
     def segment(self, op: ir.LinearOp, start: int, size: int, unit: int, pad: int) -> dev.Segment:
         return segment_of(self, Columns(op, start, size, size, size), unit, pad)
 
@@ -380,7 +389,7 @@ class _Partitioner:
                 self.visit(item)
         inner = self.block
         if not self.problems:
-            inner.add_op(ir.YieldOp(*(self.exact(value, op) for value in last.values)))
+            inner.add_op(ir.YieldOp(*(self.carried(value, index, op) for index, value in enumerate(last.values))))
         self.block, self.outside, self.loop = outer, None, None
         if self.problems:
             return
