@@ -17,6 +17,7 @@ from typebar.host import generation
 from typebar.host.api import TextModel
 from typebar.host.driver import DeviceEngine
 from typebar.host.engine import Engine
+from typebar.host.rtl import RtlDevice
 from typebar.host.select import Candidate, simulated
 from typebar.host.simulator import SimulatedDevice
 from typebar.isa.errors import TypebarError
@@ -244,3 +245,33 @@ def test_every_pass_leaves_text_that_can_be_read() -> None:
     for step in back_passes(TINY, 2):
         step.apply(dev.context(), module)
         module.verify()
+
+
+def test_the_hardware_does_the_same_in_the_simulators_cycles(tmp_path: Path) -> None:
+    """A launch that encodes and one that goes on: tokens, caches, rows, and cycles."""
+    made = build(model(Shape(layers=(2, 1))), TINY, 1, Format.FP16)
+    path = tmp_path / "image.safetensors"
+    write(made, path)
+    simulated_ring, hardware, memories = SimulatedDevice(TINY, 1), RtlDevice(TINY, 1), []
+    with Image.open(path) as opened:
+        for device in (simulated_ring, hardware):
+            engine, tokens = DeviceEngine(opened, device, "test"), list[int]()
+            cycles = []
+            engine.encode([4, 7, 9])
+            for entry, fed in (("encode", [0]), ("main", tokens)):
+                position = engine.position
+                engine.greedy(fed[-1:], 2, None, tokens.append)
+                if device is hardware:
+                    io = np.zeros((1, made.memory.io.bytes // 4), np.int32)
+                    request = {"start": position, "count": 1, "new": 2, "eos": -1, "source": 3}
+                    for name, value in request.items():
+                        io[:, DESCRIPTOR_WORDS[name]] = value
+                    timed = run_timing(made.program, TINY, 1, io, entry=made.program.labels[entry])
+                    cycles.append((hardware.total(0, "cycles"), timed.total_cycles))
+            sizes = opened.manifest.regions
+            memories.append((tokens, [device.read(0, item, 0, sizes[item]) for item in (Region.KV, Region.IO)]))
+    hardware.native.close()
+    (wanted, theirs), (found, mine) = memories
+    assert wanted == found and len(found) == 4
+    assert all(np.array_equal(a, b) for a, b in zip(theirs, mine, strict=True))
+    assert all(measured == expected for measured, expected in cycles), cycles

@@ -45,7 +45,21 @@ def facts_beside(directory: Path) -> dict[str, Any]:
         found = read_json(directory / file)
         facts |= {key: found[key] for key in _SPECIAL if found.get(key) is not None}
     template = chat_template(directory)
-    return facts if template is None else {**facts, "chat_template": template}
+    if template is None:
+        return facts
+    return {**facts, "chat_template": template, "special_tokens": _special_texts(directory)}
+
+
+def _special_texts(directory: Path) -> dict[str, str]:
+    """The texts of the special tokens that a chat template may ask for."""
+    found = read_json(directory / "tokenizer_config.json")
+    texts = {}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        value = found.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            texts[name] = value
+    return texts
 
 
 def chat_template(directory: Path) -> str | None:

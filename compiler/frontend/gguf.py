@@ -40,6 +40,8 @@ def from_gguf(path: Path, given: Mapping[str, Any]) -> FrontendModel:
     facts = {**facts_of(model.config), **given}
     if isinstance(tokenizer.chat_template, str):
         facts["chat_template"] = tokenizer.chat_template
+        special = tokenizer.special_tokens_map.items()
+        facts["special_tokens"] = {name: str(text) for name, text in special if isinstance(text, str)}
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     text: str = tokenizer.backend_tokenizer.to_str()
     return import_functions(path.stem, model, ModuleSource(tensors), facts, text.encode())
