@@ -59,13 +59,13 @@ def keep_name(new: Operation, old: Operation | SSAValue) -> None:
 
 
 def module_paths(module: ModuleOp) -> dict[str, str]:
-    """The module path of every node of an imported graph that has one."""
-    found: dict[str, str] = {}
+    """The module path of every node that has one; "a or b" where an encoder's node and a decoder's have one name."""
+    found: dict[str, dict[str, None]] = {}
     for op in module.walk():
         path = op.attributes.get(MODULE)
         if isinstance(path, StringAttr):
-            found[node_name(op)] = path.data
-    return found
+            found.setdefault(node_name(op), {})[path.data] = None
+    return {node: " or ".join(paths) for node, paths in found.items()}
 
 
 def placed(problems: Iterable[Problem], paths: Mapping[str, str]) -> list[Problem]:

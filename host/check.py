@@ -116,7 +116,7 @@ def _graph_findings(
         paths = module_paths(imported.module)
         lower(imported.module, imported.lookup, imported.weights.define)
     except LoweringError as error:
-        return None, [_finding(GRAPH, item) for item in placed(error.items, paths)]
+        return None, list(dict.fromkeys(_finding(GRAPH, item) for item in placed(error.items, paths)))
     return imported, []
 
 
