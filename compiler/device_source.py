@@ -27,8 +27,9 @@ from typebar.compiler.ir_values import number, real, vector, width
 
 _NO_RESULT = "`(` operands `)` attr-dict `:` type(operands)"
 
-ENCODER_CACHE = 0
-"""The cache that all attentions of the encoder use, one after another; cross-attentions have 1, 2, ..."""
+ENCODER_CACHES = 2
+"""Caches that the encoder's attentions take in turns, the first ones: a phase may end one attention, position by
+position, and fill the next one's cache, while later positions still read the first. Cross-attentions have others."""
 
 
 def _numbers(op: Operation, *names: str) -> list[int]:
@@ -233,5 +234,5 @@ class AttendOp(Valued):
             raise VerifyException(f"tbd.attend: {planes} rows of score biases for {heads} heads")
 
 
-SOURCE_OPS = [AttendOp, CacheOp, PhaseOp, RestoreOp, SaveOp, SourceOp]
+SOURCE_OPS: list[type[Operation]] = [AttendOp, CacheOp, PhaseOp, RestoreOp, SaveOp, SourceOp]
 """Operations to add to the `tbd` dialect."""

@@ -15,7 +15,7 @@ from xdsl.ir import Block, Operation
 
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir, tables
-from typebar.compiler.device_source import ENCODER_CACHE, AttendOp, CacheOp, PhaseOp, RestoreOp, SaveOp, SourceOp
+from typebar.compiler.device_source import ENCODER_CACHES, AttendOp, CacheOp, PhaseOp, RestoreOp, SaveOp, SourceOp
 from typebar.isa.errors import TypebarError
 from typebar.isa.image_plan import PAGE_BYTES, AddressMap, TensorPlan, plan_regions
 from typebar.isa.instructions import FORMAT_BYTES, Format, Region
@@ -50,7 +50,7 @@ class CachePlace:
     """K and V of one attention operation: line of head 0 of the first layer; all strides in lines.
 
     Each head has its K (positions are columns, stored at full column blocks) and then its V (positions are rows). The
-    layers of an encoder share one cache, so that its layer stride is 0.
+    layers of an encoder share caches, so that their layer stride is 0.
     """
 
     line: int
@@ -183,16 +183,22 @@ class _Planner:
         for name in ("weight_bytes", "macs_per_token"):
             self.accounting[f"source_{name}"] = self.accounting[name]
             self.accounting[name] = 0
-        lines = 0
+        for cache in range(ENCODER_CACHES):
+            self.plan_encoder_cache(source, cache)
         for op in source.walk():
-            if isinstance(op, CacheOp | AttendOp) and op.cache.value.data == ENCODER_CACHE:
-                k, v = self.cache_lines(op, self.source_context)
-                self.caches[op] = CachePlace(self.kv_lines, 0, k + v, k)
-                lines = max(lines, _kv_heads(op) * (k + v))
-            elif isinstance(op, SaveOp | RestoreOp):
+            if isinstance(op, SaveOp | RestoreOp):
                 words = op.size.value.data if isinstance(op, SaveOp) else ir.width(op.out)
                 area = int(op.area.value.data)
                 self.rows[area] = max(self.rows.get(area, 0), words)
+
+    def plan_encoder_cache(self, source: SourceOp, cache: int) -> None:
+        """A cache that several of the encoder's attentions use, as large as the largest needs."""
+        lines = 0
+        for op in source.walk():
+            if isinstance(op, CacheOp | AttendOp) and op.cache.value.data == cache:
+                k, v = self.cache_lines(op, self.source_context)
+                self.caches[op] = CachePlace(self.kv_lines, 0, k + v, k)
+                lines = max(lines, _kv_heads(op) * (k + v))
         self.kv_lines += lines
 
     def plan(self, op: Operation, layer: Layer | None) -> None:
@@ -346,7 +352,7 @@ class _Planner:
         for op in whole.walk():
             if not isinstance(op, kind):
                 continue
-            if isinstance(op, CacheOp) and (op.cache.value.data != ENCODER_CACHE) is not cross:
+            if isinstance(op, CacheOp) and (op.cache.value.data >= ENCODER_CACHES) is not cross:
                 continue
             parent = op.parent_op()
             parent = parent.parent_op() if isinstance(parent, PhaseOp) else parent

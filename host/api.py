@@ -324,11 +324,11 @@ class TextModel:
         """The tokens that end the text, each once, in order."""
         if token is None:
             return self._facts.ends
-        several = isinstance(token, Sequence) and not isinstance(token, str)
-        found = [self._end(item) for item in (token if several else [token])]  # type: ignore[union-attr]
+        given: Sequence[Any] = token if isinstance(token, Sequence) and not isinstance(token, str) else [token]
+        found = [self._end(item) for item in given]
         return tuple(dict.fromkeys(item for item in found if item is not None))
 
-    def _end(self, token: int) -> int | None:
+    def _end(self, token: object) -> int | None:
         plain = as_integer(token)
         if plain is None or not -1 <= plain < self._facts.vocab:
             raise TypebarError(f"eos_token_id must be from 0 to {self._facts.vocab - 1}, or -1 for none, not {token!r}")

@@ -158,7 +158,8 @@ def run(chain: Chain, request: Request, on_token: OnToken) -> None:
 
 def _greedy(engine: Engine, request: Request, fed: Sequence[int], take: OnToken) -> None:
     """Generate on the device, which knows one token that ends a text; where there are several, some tokens a time."""
-    end, *more = [*request.ends] or [None]
+    ends = [*request.ends]
+    end, more = (ends[0], ends[1:]) if ends else (None, [])
     while not _finished(request):
         left = request.count - len(request.tokens)
         burst: list[int] = []

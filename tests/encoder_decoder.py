@@ -18,8 +18,8 @@ F64 = NDArray[np.float64]
 class Shape:
     """Sizes and options.
 
-    `carried`: the decoder's loop carries the memory; `apart`: the encoder's first layer stands before the loop of the
-    others; `fused`: K and V of cross-attention are slices of one product; `biased`: linear operations have biases.
+    `carried`: the decoder's loop carries the memory; `apart`: as many of the encoder's layers stand before the loop of
+    the others; `fused`: K and V of cross-attention are slices of one product; `biased`: linear operations have biases.
     """
 
     width: int = 24
@@ -33,7 +33,7 @@ class Shape:
     relative: bool = True
     gated: bool = False
     carried: bool = False
-    apart: bool = False
+    apart: int = 0
     fused: bool = False
     biased: bool = False
 
@@ -169,9 +169,9 @@ def _half(shape: Shape, encoder: bool) -> str:
     memory = None if encoder else "%memory"
     x = "%x0"
     text.lines.append(f"%x0 = tb.embedding(%token) {{weight = @shared, offset = 0}} : (index) -> {width}")
-    first = 1 if shape.apart and encoder else 0
-    if first:
-        x = text.layer(x, f"{side}.0", extra, memory)
+    first = shape.apart if encoder else 0
+    for layer in range(first):
+        x = text.layer(x, f"{side}.{layer}", extra, memory)
     x = text.norm(text.loop(x, f"{side}.{{}}", layers - first, first, extra, memory), f"{side}.last")
     size = shape.width
     if not encoder:

@@ -9,6 +9,7 @@ from xdsl.ir import Block, BlockArgument, Operation, OpResult, SSAValue
 
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
+from typebar.compiler.device_source import SourceOp
 from typebar.compiler.emit.builder import Builder, R, reg
 from typebar.compiler.memory import MemoryPlan, Place
 from typebar.compiler.scratch import Limits, scratch_of
@@ -28,7 +29,7 @@ class Emission:
     memory: MemoryPlan
     limits: Limits
     format: Format
-    program: dev.ProgramOp
+    program: dev.ProgramOp | SourceOp
     in_loop: bool = False
 
     def address(self, value: SSAValue) -> int:

@@ -103,7 +103,7 @@ class _Partitioner:
         self.problems: list[Problem] = []
         self.block = Block()
         self.memory: MemorySide | None = None
-        self.encodes = False
+        self.encodes, self.attentions = False, 0
 
     # Structure ------------------------------------------------------------------------------------------
     def step(self, step: ir.StepOp, block: Block) -> None:

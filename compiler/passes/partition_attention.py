@@ -13,7 +13,7 @@ from xdsl.ir import Operation, SSAValue
 
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
-from typebar.compiler.device_source import ENCODER_CACHE, AttendOp, CacheOp
+from typebar.compiler.device_source import ENCODER_CACHES, AttendOp, CacheOp
 from typebar.compiler.segments import Segment
 
 if TYPE_CHECKING:
@@ -185,9 +185,10 @@ def self_attention(worker: Partitioner, op: ir.AttentionOp) -> None:
     scale, bias = op.scale.value.data * parts[0].factor * parts[1].factor, _score_bias(worker, op, split)
     made: dev.AttentionOp | AttendOp
     if worker.encodes:
-        worker.add(CacheOp((places[1], places[2]), ENCODER_CACHE, split.keys, size, depth, pad, kv_words), op)
+        cache, worker.attentions = worker.attentions % ENCODER_CACHES, worker.attentions + 1
+        worker.add(CacheOp((places[1], places[2]), cache, split.keys, size, depth, pad, kv_words), op)
         (q, at), numbers = places[0], (split.queries, split.keys, size, depth, pad)
-        made = AttendOp(q, at, ENCODER_CACHE, *numbers, scale, worker.context, bias)
+        made = AttendOp(q, at, cache, *numbers, scale, worker.context, bias)
     else:
         made = dev.AttentionOp(
             (places[0], places[1], places[2]),

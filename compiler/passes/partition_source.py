@@ -15,7 +15,7 @@ from xdsl.ir import Block, Operation, Region, SSAValue
 
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
-from typebar.compiler.device_source import ENCODER_CACHE, AttendOp, CacheOp, SourceOp
+from typebar.compiler.device_source import ENCODER_CACHES, AttendOp, CacheOp, SourceOp
 from typebar.compiler.passes.partition_attention import Heads, Part, part_of, products, segment_of
 from typebar.compiler.segments import Segment
 
@@ -38,7 +38,7 @@ class MemorySide:
         self.step, self.encoder = step, encoder
         self.context = encoder.context.value.data
         found = [op for op in step.walk() if isinstance(op, ir.CrossAttentionOp)]
-        self.caches: dict[Operation, int] = {op: ENCODER_CACHE + 1 + index for index, op in enumerate(found)}
+        self.caches: dict[Operation, int] = {op: ENCODER_CACHES + index for index, op in enumerate(found)}
         self.operations: set[Operation] = set()
         self._values: set[SSAValue] = set(step.body.block.args[2:])
         self._collect(step.body.block)
