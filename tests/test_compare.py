@@ -7,14 +7,20 @@ import math
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from families import FAMILIES, random_model
+from pytest import MonkeyPatch
 from safetensors.torch import load_file, save_file
 
 import typebar
+from typebar.host import compare as compare_module
 from typebar.host.cli import main
+from typebar.host.probes import Lookup
 from typebar.host.rounding import rounded, rounded_operands
 from typebar.isa.errors import TypebarError
+from typebar.isa.image import Image
 from typebar.models import find
 
 MODEL, PROMPT, LAYERS = "folio-draft", "And the king said unto them", 3
@@ -109,3 +115,34 @@ def test_rounded_operands_rounds_factors_and_nothing_else() -> None:
         assert (x @ one).item() == 1.0 + 1 + 2.0**-10 - 3
         assert (x + x).tolist() == (2 * x).tolist()
     assert (x @ one).item() == x.sum().item()
+
+
+@pytest.fixture(scope="module")
+def translator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The image of a small T5 with random weights."""
+    path = tmp_path_factory.mktemp("compare") / "t5.safetensors"
+    model = random_model(next(family for family in FAMILIES if family.name == "T5 v1.1"))
+    typebar.compile(model, path, machine="tiny", devices=2, config={"context": 8, "source_context": 8})
+    return path
+
+
+def test_an_encoder_is_compared_too(translator: Path) -> None:
+    found = typebar.compare(translator, input_ids=[5, 9, 17, 33, 2], new_tokens=3)
+    assert found.first is None and found.positions == 5 + 4
+    assert [row.layer for row in found.rows[:4]] == [f"encoder layer {i // 2}" for i in range(4)]
+    assert found.rows[5].name == "decoder.block.0.layer.1.EncDecAttention.o"
+    assert all(0 < row.image.rms < row.bound for row in found.rows)
+
+
+def test_a_wrong_encoder_layer_is_named(translator: Path, monkeypatch: MonkeyPatch) -> None:
+    name = "encoder.block.1.layer.0.SelfAttention.v.weight"
+    right = compare_module.unpack_weights
+
+    def wrong(image: Image) -> Lookup:
+        lookup = right(image)
+        return lambda asked: lookup(asked) * (np.float32(1.05) if asked == name else np.float32(1))
+
+    monkeypatch.setattr(compare_module, "unpack_weights", wrong)
+    first = typebar.compare(translator, input_ids=[5, 9, 17, 33, 2], new_tokens=1).first
+    assert first is not None
+    assert (first.layer, first.name) == ("encoder layer 1", "encoder.block.1.layer.0.SelfAttention.o")
