@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,13 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from typebar.compiler import ir
+from typebar.compiler.driver import build
 from typebar.compiler.frontend import FrontendModel, load_model
 from typebar.compiler.interpreter import StepInterpreter
 from typebar.isa.errors import TypebarError
+from typebar.isa.instructions import Format
+from typebar.isa.machine import Machine
+from typebar.isa.program import encode
 
 VOCAB = 97
 
@@ -116,7 +119,11 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
 @pytest.mark.parametrize("how", ["new", "old"])
 def test_torch_and_onnx_give_the_same_step(model: nn.Module, how: str, tmp_path: Path) -> None:
     brought = load_model(exported(Logits(model), tmp_path / "m.onnx", how), {"context": 64})
-    assert skeleton(brought) == skeleton(load_model(model))
+    direct = load_model(model)
+    assert skeleton(brought) == skeleton(direct)
+    for devices in (1, 3):
+        programs = [build(m, Machine.load("tiny"), devices, Format.FP16).program for m in (brought, direct)]
+        assert encode(programs[0]).tobytes() == encode(programs[1]).tobytes()
     assert any(isinstance(op, ir.RepeatOp) and op.count.value.data == 3 for op in brought.module.walk())
     require_equal(model, brought)
 
@@ -298,9 +305,6 @@ def test_a_fixed_length_that_cannot_be_generalised_is_refused(tmp_path: Path) ->
     path = exported(randomise(Averaged()), tmp_path / "m.onnx", "old-static")
     with pytest.raises(TypebarError, match=r"exported for 9 tokens and gives other logits for fewer; export it with"):
         load_model(path)
-
-
-Build = Callable[[], nn.Module]
 
 
 def test_a_tied_head_is_a_copy_in_the_file(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def as_tensor(value: Value, call: Call, name: str) -> torch.Tensor:
             parts = [torch.scalar_tensor(s, dtype=torch.int64, device=reader.device) for s in items]
             return parts[0] if scalar else torch.stack(parts)
         case RealWeight():
-            real = real_weight(call, value.weight, value.scale, value.zero)
+            real = real_weight(call, value.weight, value.scale, value.zero, value.axis)
             return real.t() if value.transposed else real
         case Moved():
             raise RefusalError("it uses a quantised weight as it is", "dequantise it first with DequantizeLinear")

@@ -202,14 +202,14 @@ def _scaled(call: Call, a: Quantised | Product, b: Value) -> Value:
     if isinstance(a, Product) and a.scale is None and isinstance(b, ScaleProduct) and a.x is b.x:
         from typebar.compiler.frontend.onnx.ops_quantised import int8_linear
 
-        return int8_linear(call, a.x, a.weight, b.scale, a.zero)
+        return int8_linear(call, a.x, RealWeight(a.weight, b.scale, a.zero))
     if isinstance(a, Product) and isinstance(b, np.ndarray | Weight):
         more = call.reader.values_of(b) if isinstance(b, Weight) else b
         return Product(a.x, a.weight, a.zero, more if a.scale is None else a.scale * more)
     if isinstance(a, Product) and a.scale is not None and isinstance(b, Quantised) and b.part == "scale":
         from typebar.compiler.frontend.onnx.ops_quantised import int8_linear
 
-        return int8_linear(call, a.x, a.weight, a.scale, a.zero)
+        return int8_linear(call, a.x, RealWeight(a.weight, a.scale, a.zero))
     raise RefusalError(
         "it scales a quantised product in an unknown way", "quantise with onnxruntime's quantize_dynamic"
     )

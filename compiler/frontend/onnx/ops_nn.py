@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ def matmul(call: Call) -> Result:
     """A product of matrices; factors on both operands of a product of activations are put on the product."""
     weight = call.required(1)
     if isinstance(weight, RealWeight):
-        return int8_linear(call, call.tensor(0), weight.weight, weight.scale, weight.zero, weight.transposed)
+        return int8_linear(call, call.tensor(0), weight)
     left, right = _without_factor(call, 0), _without_factor(call, 1)
     if left is not None and right is not None and left[0].ndim > 2:
         return torch.matmul(left[0], right[0]) * _joint_factor(left[1] * right[1])
@@ -66,8 +67,8 @@ def gemm(call: Call) -> Result:
     if call.integer("transA", 0):
         raise RefusalError("Gemm transposes its activation", "export the model again")
     if isinstance(weight, RealWeight):
-        transposed = weight.transposed != bool(call.integer("transB", 0))
-        made = int8_linear(call, call.tensor(0), weight.weight, weight.scale, weight.zero, transposed)
+        turned = replace(weight, transposed=weight.transposed != bool(call.integer("transB", 0)))
+        made = int8_linear(call, call.tensor(0), turned)
     elif alpha == beta == 1 and bias is not None and rank_of(bias) == 1:
         x, matrix, c = call.tensor(0), call.tensor(1), call.tensor(2)
         return functional.linear(x, matrix, c) if call.integer("transB", 0) else torch.addmm(c, x, matrix)

@@ -33,50 +33,49 @@ def _(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tenso
     return x.new_empty((*x.shape[:-1], weight.shape[1]))
 
 
-def int8_linear(
-    call: Call, x: torch.Tensor, weight: Weight, scale: np.ndarray, zero: np.ndarray, transposed: bool = False
-) -> torch.Tensor:
-    """x times (weight - zero) * scale; raises RefusalError for what does not fit int8 with one scale a column."""
+def int8_linear(call: Call, x: torch.Tensor, matrix: RealWeight) -> torch.Tensor:
+    """x times a dequantised matrix, which stays int8 with a scale for each column.
+
+    It becomes float32 where it cannot: values that do not fit int8 once their zero point is taken off, scales by row.
+    """
+    weight, zero = matrix.weight, matrix.zero.reshape(-1).astype(np.int64)
     if len(weight.shape) != 2 or weight.dtype not in (torch.int8, torch.uint8):
         raise RefusalError(f"its quantised weight is {list(weight.shape)}, {weight.dtype}", _TOOL)
-    shape = weight.shape[::-1] if transposed else weight.shape
-    columns = shape[1]
-    # A scale by row of a matrix used as it is, or by column of one used transposed, does not factor out of the product.
-    if scale.size not in (1, columns) or zero.size not in (1, columns):
-        raise RefusalError(f"it has {scale.size} scales for {columns} columns", _TOOL)
-    shift = zero.reshape(-1).astype(np.int64)
+    columns = weight.shape[0] if matrix.transposed else weight.shape[1]
+    by_column = (matrix.axis % 2 == 0) == matrix.transposed
+    for what, given in (("scales", matrix.scale), ("zero points", zero)):
+        if given.size not in (1, weight.shape[matrix.axis % 2]):
+            raise RefusalError(f"it has {given.size} {what} for {list(weight.shape)}", _TOOL)
+    by_row = (matrix.scale.size > 1 or zero.size > 1) and not by_column
+    if by_row or not _fits_int8(call, weight, zero, matrix.axis):
+        real = real_weight(call, weight, matrix.scale, zero, matrix.axis)
+        return torch.matmul(x, real.t() if matrix.transposed else real)
+    values = weight
+    if weight.dtype != torch.int8 or zero.any() or matrix.transposed:
+        shift = zero.reshape((-1, 1) if matrix.axis % 2 == 0 else (1, -1))
 
-    def make() -> np.ndarray:
-        stored = call.reader.values_of(weight)
-        return _shifted(stored.T if transposed else stored, shift, weight.name)
+        def make() -> np.ndarray:
+            shifted = call.reader.values_of(weight).astype(np.int64) - shift
+            return np.asarray((shifted.T if matrix.transposed else shifted).astype(np.int8))
 
-    if weight.dtype == torch.int8 and not shift.any() and not transposed:
-        values = weight
-    else:
-        _shifted_range(call, weight, shift)
+        shape = weight.shape[::-1] if matrix.transposed else weight.shape
         values = call.reader.derived(weight, "int8", shape, make, torch.int8)
-    vector = np.broadcast_to(scale.reshape(-1).astype(np.float32), (columns,))
+    vector = np.broadcast_to(matrix.scale.reshape(-1).astype(np.float32), (columns,))
     scales = call.reader.derived(values, "scale", (columns,), lambda: np.array(vector), torch.float32)
     tensors = (call.reader.tensor_of(v) for v in (values, scales))
     made: torch.Tensor = torch.ops.typebar.int8_linear(x, *tensors)
     return made
 
 
-def _shifted(stored: np.ndarray, zero: np.ndarray, name: str) -> np.ndarray:
-    values = stored.astype(np.int64) - zero
-    if values.size and (values.min() < -128 or values.max() > 127):
-        raise RefusalError(f"{name!r} less its zero point does not fit int8", _TOOL)
-    return np.asarray(values.astype(np.int8))
-
-
-def _shifted_range(call: Call, weight: Weight, zero: np.ndarray) -> None:
-    """Refuse now what `make` would have to refuse later."""
-    if weight.dtype == torch.uint8 and np.all(zero == 128):
-        return
+def _fits_int8(call: Call, weight: Weight, zero: np.ndarray, axis: int) -> bool:
+    """Whether the values less their zero points are int8."""
+    if (weight.dtype == torch.int8 and not zero.any()) or (weight.dtype == torch.uint8 and np.all(zero == 128)):
+        return True
     stored = call.reader.values_of(weight)
-    low, high = (int(stored.min()), int(stored.max())) if stored.size else (0, 0)
-    if low - int(zero.max()) < -128 or high - int(zero.min()) > 127:
-        raise RefusalError(f"{weight.name!r} less its zero point does not fit int8", _TOOL)
+    if not stored.size:
+        return True
+    low, high = (ends(axis=1 - axis % 2).astype(np.int64) - zero for ends in (stored.min, stored.max))
+    return bool(low.min() >= -128 and high.max() <= 127)
 
 
 def _zero_point(call: Call, index: int) -> np.ndarray:
@@ -115,7 +114,7 @@ def float_product(call: Call) -> Result:
     weight, scale = call.required(places[0]), call.constant(places[1])
     if not isinstance(weight, Weight) or scale is None:
         raise RefusalError("its weight is not an initialiser", _TOOL)
-    made = int8_linear(call, x, weight, scale, _zero_point(call, places[2]))
+    made = int8_linear(call, x, RealWeight(weight, scale.reshape(-1), _zero_point(call, places[2])))
     return made if call.value(places[3]) is None else made + call.tensor(places[3])
 
 
@@ -133,13 +132,9 @@ def dequantise(call: Call) -> Result:
     if isinstance(value, Moved) and scale.size != 1:
         raise RefusalError("it moves a weight's elements before it applies a scale for each column", _TOOL)
     axis = call.integer("axis", 1)
-    if isinstance(value, Weight) and len(weight.shape) == 2 and _fits(weight, scale, axis):
-        return RealWeight(weight, scale.reshape(-1), zero)
+    if isinstance(value, Weight) and len(weight.shape) == 2 and axis in (-2, -1, 0, 1):
+        return RealWeight(weight, scale.reshape(-1), zero, axis % 2)
     real = real_weight(call, weight, scale, zero, axis)
     for move in value.moves if isinstance(value, Moved) else ():
         real = move(real)
     return real
-
-
-def _fits(weight: Weight, scale: np.ndarray, axis: int) -> bool:
-    return scale.size == 1 or (scale.size == weight.shape[1] and axis % 2 == 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -156,7 +157,7 @@ def transpose(call: Call) -> Result:
     value = call.required(0)
     order = call.integers("perm") or list(range(rank_of(value)))[::-1]
     if isinstance(value, RealWeight) and order == [1, 0]:
-        return RealWeight(value.weight, value.scale, value.zero, not value.transposed)
+        return replace(value, transposed=not value.transposed)
     if len(order) == 2 and sorted(order) == [0, 1] and rank_of(value) == 2:
         return _moving(call, lambda x: x.t() if order == [1, 0] else x)
     if order == [0, 2, 3, 1]:  # keys, [1, T, heads, size], as the product with the queries needs them

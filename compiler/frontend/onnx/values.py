@@ -67,11 +67,12 @@ class Moved:
 
 @dataclass(frozen=True)
 class RealWeight:
-    """A dequantised matrix, still in integers: (values - zero) * scale, by column of the last axis or by row."""
+    """A dequantised matrix, still in integers: (values - zero) * scale; several scales go along `axis` of values."""
 
     weight: Weight
     scale: np.ndarray
     zero: np.ndarray
+    axis: int = 1
     transposed: bool = False
 
 
