@@ -57,9 +57,16 @@ def _write_apart(block: Block) -> None:
         if not isinstance(source.owner, ir.AtenOp) or not hasattr(torch.ops.aten, name[:-1]):
             continue
         op.properties["target"] = StringAttr(".".join((namespace, name[:-1], *overload)))
-        later = [other for other in op.parent.ops] if op.parent is not None else []
-        after = set(later[later.index(op) + 1 :])
-        source.replace_uses_with_if(op.outs[0], lambda use, after=after: use.operation in after)
+        _use_instead(source, op.outs[0], op)
+
+
+def _use_instead(old: SSAValue, new: SSAValue, op: Operation) -> None:
+    """Let what comes after `op` use `new` for `old`."""
+    after = set[Operation]()
+    while (following := op.next_op) is not None:
+        after.add(following)
+        op = following
+    old.replace_uses_with_if(new, lambda use: use.operation in after)
 
 
 def _identity_of(op: ir.AtenOp) -> SSAValue | None:
