@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def from_gguf(path: Path, given: Mapping[str, Any]) -> FrontendModel:
         raise TypebarError(f"reading {path} needs the packages gguf and accelerate: {first_line(error)}") from error
     header = read_header(path, {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings(action="ignore"), _read_once():
             model, tokenizer = _load(path, header)
     except TypebarError:
         raise
@@ -45,6 +46,30 @@ def from_gguf(path: Path, given: Mapping[str, Any]) -> FrontendModel:
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     text: str = tokenizer.backend_tokenizer.to_str()
     return import_functions(path.stem, model, ModuleSource(tensors), facts, text.encode())
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Lets transformers, which reads a file's header anew for each thing it makes, read it once, and show no bars."""
+    import gguf
+    from transformers.utils import logging
+
+    library: Any = gguf
+    reader, shown, made = library.GGUFReader, logging.is_progress_bar_enabled(), dict[str, Any]()
+
+    def once(path: Any) -> Any:
+        if str(path) not in made:
+            made[str(path)] = reader(path)
+        return made[str(path)]
+
+    library.GGUFReader = once
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library.GGUFReader = reader
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _load(path: Path, header: Header) -> tuple[torch.nn.Module, Any]:

@@ -226,15 +226,11 @@ class _Importer:
             return
         name = self._name(target)
         if name is None:
-            self.problems.append(
-                Problem(
-                    node.name,
-                    f"{target} is no plain torch operation",
-                    "write it with torch operations",
-                    _module_path(node),
-                )
-            )
-            self.values[node] = []
+            self._refuse(node, f"{target} is no plain torch operation", "write it with torch operations")
+            return
+        changed = _changed(node)
+        if changed is not None and self._is_seen_elsewhere(changed, node):
+            self._refuse(node, f"{target} changes a tensor that others look into", "write it without changes in place")
             return
         results = list(value) if isinstance(value, list | tuple) else [value]
         types, notes = zip(*(self._type(r) for r in results), strict=True) if results else ((), ())
@@ -247,11 +243,32 @@ class _Importer:
             op.attributes[MODULE] = StringAttr(path)
         self.block.add_op(op)
         self.values[node] = op.results
+        if changed is not None:
+            self.values[changed] = op.results
+
+    def _refuse(self, node: torch.fx.Node, reason: str, remedy: str) -> None:
+        self.problems.append(Problem(node.name, reason, remedy, _module_path(node)))
+        self.values[node] = []
+
+    def _is_seen_elsewhere(self, changed: torch.fx.Node, by: torch.fx.Node) -> bool:
+        """Whether a later operation reads the storage of `changed` through another view, or it is a parameter."""
+        root = changed
+        while _is_view(root) and isinstance(root.args[0], torch.fx.Node):
+            root = root.args[0]
+        views, waiting = {root}, [root]
+        while waiting:
+            made = [user for user in waiting.pop().users if _is_view(user) and user in self.values]
+            waiting += [view for view in made if view not in views]
+            views.update(made)
+        readers = {user for view in views - {changed} for user in view.users} - views
+        later = [r for r in readers if r is not by and r not in self.values]
+        return root.op == "placeholder" or any(isinstance(r.meta.get("val"), torch.Tensor) for r in later)
 
     @staticmethod
     def _name(target: object) -> str | None:
         if isinstance(target, torch._ops.OpOverload):
-            return str(target)
+            name = str(target)
+            return name.replace("_.", ".", 1) if target._schema.is_mutable else name
         name = f"sym.{getattr(target, '__name__', '')}"
         return name if name in SIZE_OPERATORS else None
 
@@ -300,6 +317,23 @@ def _module_path(node: torch.fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = str(list(stack.values())[-1][0]) if stack else ""  # torch.export invents one for sizes it makes itself
     return path.removeprefix("model").removeprefix(".") if path.split(".")[0] == "model" else ""
+
+
+def _changed(node: torch.fx.Node) -> torch.fx.Node | None:
+    """The value that an operation changes in place, if it does."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        return None
+    first = node.args[0]
+    return first if isinstance(first, torch.fx.Node) else None
+
+
+def _is_view(node: torch.fx.Node) -> bool:
+    """Whether an operation's result is, or may be, its operand's storage."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return any(result.alias_info is not None and not result.alias_info.is_write for result in target._schema.returns)
 
 
 def to_graph(exported: Exported, context: int, encoder: bool = False) -> ir.GraphOp:
