@@ -324,7 +324,7 @@ class TextModel:
         """The tokens that end the text, each once, in order."""
         if token is None:
             return self._facts.ends
-        given: Sequence[Any] = token if isinstance(token, Sequence) and not isinstance(token, str) else [token]
+        given: Sequence[Any] = token if isinstance(token, Sequence) else [token]
         found = [self._end(item) for item in given]
         return tuple(dict.fromkeys(item for item in found if item is not None))
 
