@@ -109,7 +109,7 @@ class AttentionOp(Valued):
 class ScoreBiasOp(Valued):
     """This token's rows of a table of score biases, one for each local head or one for all: `context` words each.
 
-    Word j of a row is the bias of position j; only those that attention sees are loaded. `kind` is that of `tb.attention`
+    Word j of a row is the bias of position j; only those that attention sees are loaded. `kind` is `tb.attention`'s
     in a step, or with `both` in an encoder, where positions after this one count too; `planes` of `heads` rows are this
     device's, the ones from rank * planes on.
     """

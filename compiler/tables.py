@@ -65,8 +65,8 @@ def planes_meta(op: dev.ScoreBiasOp, name: str, shape: tuple[int, ...]) -> dict[
         raise TypebarError(f"the score bias {name!r} is {list(shape)}: {kind} ones of this step need {list(wanted)}")
     words = int(np.prod(shape[1:]))
     return {
-        "kind": "planes", "symbol": name, "reversed": kind == "relative" and op.both is None, "heads": heads, "planes": int(op.planes.value.data),
-        "words": words, "plane_bytes": _line_bytes(words),
+        "kind": "planes", "symbol": name, "reversed": kind == "relative" and op.both is None, "heads": heads,
+        "planes": int(op.planes.value.data), "words": words, "plane_bytes": _line_bytes(words),
     }  # fmt: skip
 
 
