@@ -81,7 +81,29 @@ SIMPLE: dict[str, tuple[list[onnx.NodeProto], Arrays]] = {
     **{kind: ([node(kind, "x v")], W) for kind in ("Add", "Sub", "Mul", "Div", "Min", "Max")},
     **{
         kind: ([node(kind, "x")], {})
-        for kind in ["Neg", "Abs", "Exp", "Sin", "Cos", "Tanh", "Erf", "Relu", "Sigmoid", "Softplus", "Gelu", "Floor", "Ceil", "Sign", "Elu", "LeakyRelu", "HardSwish", "Mish", "Selu", "Softmax", "LogSoftmax"]
+        for kind in [
+            "Neg",
+            "Abs",
+            "Exp",
+            "Sin",
+            "Cos",
+            "Tanh",
+            "Erf",
+            "Relu",
+            "Sigmoid",
+            "Softplus",
+            "Gelu",
+            "Floor",
+            "Ceil",
+            "Sign",
+            "Elu",
+            "LeakyRelu",
+            "HardSwish",
+            "Mish",
+            "Selu",
+            "Softmax",
+            "LogSoftmax",
+        ]
     },
     "Identity": ([node("Identity", "x")], {}),
     "Dropout": ([node("Dropout", "x")], {}),
