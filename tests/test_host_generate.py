@@ -142,6 +142,20 @@ def test_generation_stops_after_the_end_token(image: Path, device: str, do_sampl
     assert made.finish_reason == "stop"
 
 
+def test_a_models_own_list_of_ends_stops_generation(model: TextModel, tmp_path: Path) -> None:
+    """The device knows the first end only, here one that never comes; the host finds the others."""
+    free = model.generate(PROMPTS[0], max_new_tokens=NEW, eos_token_id=-1).tokens
+    end, never = free[4], next(token for token in range(9, 99) if token not in free)
+    brought = load_model(find("folio-draft").path, {"eos_token_id": [never, end]})
+    driver.write(driver.build(brought, Machine.load("u280"), 2, Format.FP16), tmp_path / "image.safetensors")
+    for device in ("sim", "torch"):
+        with load(tmp_path / "image.safetensors", device) as several:
+            made = several.generate(PROMPTS[0], max_new_tokens=NEW)
+            assert made.tokens == free[: free.index(end) + 1]
+            assert made.finish_reason == "stop"
+            assert several.generate(PROMPTS[0], max_new_tokens=NEW, eos_token_id=-1).tokens == free
+
+
 def test_the_context_can_be_filled(images: dict) -> None:
     with load(images["u280", 1], "sim") as model:
         context = model.image.manifest.model["context"]
@@ -383,7 +397,7 @@ def test_bad_requests_are_one_line(model: TextModel, arguments: dict, message: s
         (lambda: load("nowhere.safetensors", "gpu"), "no device 'gpu'"),
         (lambda: load("nowhere.safetensors"), "nowhere.safetensors"),
         (lambda: typebar.compile("gpt2", "x"), "'gpt2' is a shape without weights"),
-        (lambda: typebar.compile("gpt5", "x"), "no model 'gpt5': give a checkpoint directory or a shipped model"),
+        (lambda: typebar.compile("gpt5", "x"), "no model 'gpt5': give a checkpoint directory, an .onnx"),
         (lambda: typebar.compile("folio", "x", weights="fp8"), "choose fp16 or bf16"),
         (lambda: typebar.compile("folio", "x", machine="u9"), "unknown machine 'u9'"),
         (lambda: typebar.compile("folio-draft", "x", devices=0), "1 to 64 devices, not 0"),

@@ -12,7 +12,7 @@ from xdsl.ir import SSAValue
 
 from typebar.compiler import ir
 from typebar.compiler.aten import base_name, depends_on_tokens
-from typebar.compiler.frontend.facts import PAIR_CONTEXT, PAIR_FACTS, length_of, one_end, start_token, token_or_none
+from typebar.compiler.frontend.facts import PAIR_CONTEXT, PAIR_FACTS, ends_of, length_of, start_token
 from typebar.compiler.frontend.torch_import import Exported, to_graph
 from typebar.compiler.frontend.weights import DerivedSource, WeightSource
 from typebar.isa.errors import TypebarError
@@ -23,9 +23,9 @@ class FrontendModel:
     """A model, brought in.
 
     `module` holds the graph as imported, or the re-rolled step once lowered, after its encoder if it has one. `config`
-    has at least context, vocab and eos_token_id (None if there is none); with an encoder is_encoder_decoder,
-    source_context and decoder_start_token_id too; perhaps chat_template. `weights` has the parameters, the buffers and
-    the constants that the graph names, and takes those that the passes derive from them.
+    has at least context, vocab and eos_token_id (a token, a list of several, or None); with an encoder
+    is_encoder_decoder, source_context and decoder_start_token_id too; perhaps chat_template. `weights` has the
+    parameters, the buffers and the constants that the graph names, and takes those that the passes derive from them.
     """
 
     module: ModuleOp
@@ -54,7 +54,6 @@ def assemble(
     `fallback` is the context where neither they nor the graph tell it.
     Raises TypebarError for facts that cannot be, and for graphs that return no logits [1, T, V] or memory [1, S, D].
     """
-    end = one_end(facts.get("eos_token_id"))
     declared = length_of(facts, "context")
     graph = to_graph(decoder, declared or 1)
     assumed = fallback if encoder is None else PAIR_CONTEXT
@@ -66,7 +65,7 @@ def assemble(
     if vocab is None:
         raise TypebarError("a model must return logits [1, T, V] with a fixed vocabulary, and nothing else")
     kept = {key: value for key, value in facts.items() if key not in PAIR_FACTS}
-    kept |= {"context": context, "vocab": vocab, "eos_token_id": token_or_none(end, vocab)}
+    kept |= {"context": context, "vocab": vocab, "eos_token_id": ends_of(facts.get("eos_token_id"), vocab)}
     graphs = [graph]
     if encoder is not None:
         graphs.insert(0, _encoder_graph(encoder, facts, context))

@@ -97,16 +97,15 @@ def _read_text(path: Path) -> str:
         raise TypebarError(f"cannot read {path}: {error}; copy the checkpoint again") from error
 
 
-def one_end(end: Any) -> Any:
-    """The end-of-text token of a configuration, which may list it; raises TypebarError for a list of several."""
-    if not isinstance(end, list | tuple):
-        return end
-    if len(end) > 1:
-        raise TypebarError(
-            f"eos_token_id lists {len(end)} tokens, but only a single end-of-text token is supported; name one in "
-            "config.json, or for a module with config={'eos_token_id': N}"
-        )
-    return end[0] if end else None
+def ends_of(end: Any, vocab: int) -> int | list[int] | None:
+    """The tokens that end a text, of one token or a list: None, one, or several in their order, each once.
+
+    What is no token of the vocabulary ends no text and is left out.
+    """
+    listed = end if isinstance(end, list | tuple) else [end]
+    known = dict.fromkeys(token for item in listed if (token := token_or_none(item, vocab)) is not None)
+    tokens = list(known)
+    return tokens if len(tokens) > 1 else tokens[0] if tokens else None
 
 
 def token_or_none(token: Any, vocab: int) -> int | None:
