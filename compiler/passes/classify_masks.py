@@ -23,12 +23,13 @@ from typebar.compiler.aten import (
 )
 from typebar.compiler.passes.attention import MASKED
 from typebar.compiler.passes.canonicalise import erase_unused, merge_equal
-from typebar.compiler.passes.masks import ScoreMask, Unclassified, classify_scores
+from typebar.compiler.passes.mask_bands import classify_bands
+from typebar.compiler.passes.masks import ScoreMask, Unclassified, added, classify_scores
 from typebar.compiler.passes.tensors import Tensors
 from typebar.compiler.problems import LoweringError, Problem, keep_name, node_name
 
 LONGEST = 8192
-"""The greatest context whose masks are checked pair by pair: a square of this many int64 differences is 512 MiB."""
+"""The greatest context whose masks are held whole: a square of this many int64 differences is 512 MiB."""
 
 
 class ClassifyMasks(ModulePass):
@@ -56,7 +57,7 @@ class _Classifier:
     def __init__(self, graph: ir.GraphOp, tensors: Tensors) -> None:
         self.graph, self.tensors = graph, tensors
         self.context = graph.context.value.data
-        lengths = {1, 2, 3, self.context // 2, self.context}
+        lengths = {1, 2, 3, min(self.context // 2, LONGEST // 2), self.context}
         self.lengths = sorted(n for n in lengths if 0 < n <= self.context)
         self.evaluators = {n: Evaluator(n, tensors.lookup) for n in self.lengths}
         self.masks: dict[tuple[SSAValue, bool, int], ScoreMask | Unclassified] = {}
@@ -98,6 +99,8 @@ class _Classifier:
 
     def _mask(self, value: SSAValue, crossing: bool, heads: int) -> ScoreMask:
         """What the mask is over all pairs up to the context, once it is the same at every shorter length tried."""
+        if self.context > LONGEST:
+            return self._long_mask(value, heads)
         whole = self._planes(value, heads, self.context, self.context)
         kind = classify_scores(whole, self.graph.encoder)
         for length in reversed(self.lengths[:-1]):
@@ -105,9 +108,16 @@ class _Classifier:
             part = whole[:, :length, :length]
             equal = planes.shape == part.shape and torch.equal(planes <= MASKED, part <= MASKED)
             if not equal or not torch.equal(planes.clamp(min=MASKED), part.clamp(min=MASKED)):
-                what = kind.mask if kind.bias is None else "the same"
-                rule = f"its mask changes kind with the length: not {what} at {length} tokens"
-                raise Unclassified(rule, "let the mask of two positions depend on these alone")
+                raise _changes(kind.mask if kind.bias is None else "the same", length)
+        return kind
+
+    def _long_mask(self, value: SSAValue, heads: int) -> ScoreMask:
+        """The same for a mask that is too large to be held: it must be a mask alone, without a bias."""
+        kind = classify_bands(self.evaluators[self.context], value, LONGEST, self.graph.encoder)
+        for length in self.lengths[:-1]:
+            planes = self._planes(value, heads, length, length).clamp(min=MASKED)
+            if not torch.equal(planes, added(kind, length).expand_as(planes)):
+                raise _changes(kind.mask, length)
         return kind
 
     def _crossing(self, value: SSAValue, crossing: bool, heads: int) -> ScoreMask:
@@ -215,6 +225,11 @@ class _Classifier:
         block.insert_ops_before([positions, new], op)
         op.outs[0].replace_all_uses_with(new.out)
         Rewriter.erase_op(op)
+
+
+def _changes(what: str, length: int) -> Unclassified:
+    rule = f"its mask changes kind with the length: not {what} at {length} tokens"
+    return Unclassified(rule, "let the mask of two positions depend on these alone")
 
 
 def _stem(value: SSAValue, kind: str) -> str:

@@ -32,6 +32,16 @@ class Unclassified(Exception):
         self.reason, self.remedy = reason, remedy
 
 
+def added(kind: ScoreMask, length: int) -> torch.Tensor:
+    """What a mask without a bias adds to scores, float32 [length, length]: 0, or MASKED."""
+    seen = torch.ones(length, length, dtype=torch.bool)
+    if kind.mask != "none":
+        seen = seen.tril()
+    if kind.window is not None:
+        seen = seen.triu(1 - kind.window)
+    return torch.zeros(length, length).masked_fill_(~seen, MASKED)
+
+
 def classify_scores(added: torch.Tensor, encoder: bool = False) -> ScoreMask:
     """The kind of what is added to scores, float32 [planes, n, n]; MASKED or less leaves a score out.
 
