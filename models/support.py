@@ -39,6 +39,8 @@ Installed models with trained weights: `benchmarks/real_models.py` measures them
 - Batches of several sequences, speculative decoding, mixtures of experts.
 - Attention whose mask's values show no known kind runs from a table in memory, which grows with the square of the
   context.
+- Contexts above 8,192 tokens where attention adds a bias, or where its mask is no elementwise formula of rows and
+  columns; contexts above 131,072 with any mask that is a value in the graph. `--context N` names a shorter one.
 - Models that compute on data-dependent shapes or with control flow; `typebar check MODEL` names every operation.
 - Activations quantised in the graph: dynamically quantised ONNX models keep their int8 weights and scales, and their
   activations are not rounded to int8.
