@@ -74,7 +74,7 @@ __all__ = [
 
 def _optional(name: str) -> str:
     """An operand that may be missing, in the format of an operation with several such."""
-    return f"(`,` `{name}` ${name}^ `:` type(${name}))?"
+    return f"(`{name}` ${name}^ `:` type(${name}))?"
 
 
 def _segments(attribute: ArrayAttr) -> list[Segment]:

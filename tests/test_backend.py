@@ -17,6 +17,7 @@ from typebar.compiler.evaluate import evaluate_step
 from typebar.compiler.frontend import FrontendModel, load_model
 from typebar.compiler.memory import IoMap
 from typebar.compiler.passes.allocate import AllocationError
+from typebar.compiler.pipeline import run_passes
 from typebar.compiler.problems import LoweringError
 from typebar.isa.errors import TypebarError
 from typebar.isa.image import Image
@@ -270,3 +271,21 @@ def test_memory_is_laid_out_from_shapes_alone() -> None:
     again = build(load_model(random_model(seed=1, **facts)), Machine.load("tiny"), 2, Format.FP16)
     assert np.array_equal(encode(made.program), encode(again.program))
     assert made.memory.addresses == again.memory.addresses
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('weight = @"transformer.h.{}.ln_2.weight", bias = @"transformer.h.{}.ln_2.bias", ', ""),
+        (', bias = @"transformer.h.{}.mlp.c_fc.bias"', ', scale = @"s"'),
+        (', bias = @"transformer.h.{}.mlp.c_fc.bias"', ', scale = @"s", bias = @"b"'),
+        (', bias = @"transformer.h.{}.ln_2.bias"', ""),
+    ],
+)
+def test_the_text_of_a_device_program_is_read_back(old: str, new: str) -> None:
+    """Operands that may be missing, in every combination: what is printed reads as the same."""
+    step = (Path(__file__).parent / "compiler/front/gpt2_step.mlir").read_text()
+    assert old in step
+    text = run_passes(step.replace(old, new), ["partition{devices=2 align=8}", "fuse{hoist=false}"])
+    assert "tbd.program" in text
+    assert run_passes(text, []) == text
