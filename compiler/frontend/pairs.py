@@ -34,7 +34,7 @@ def import_functions(
 ) -> FrontendModel:
     """Export what `model` computes, and assemble it with its weights; raises TypebarError if torch cannot."""
     if not has_encoder(model):
-        return assemble(name, source, export(model), facts, tokenizer=tokenizer)
+        return assemble(name, source, export(model, context=facts.get("context")), facts, tokenizer=tokenizer)
     if not isinstance(model, Pair):
         _check_pair(model)
     encoder = export(model, _memory)

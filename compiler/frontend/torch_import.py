@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,7 +109,7 @@ def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps torch from logging: it prints tracebacks of errors that `export` reports in one line."""
+    """Keeps torch from printing tracebacks and graphs of errors that `export` reports in one line."""
 
     def drop(record: logging.LogRecord) -> bool:
         return False
@@ -118,23 +119,28 @@ def _quiet() -> Iterator[None]:
     for handler in handlers:
         handler.addFilter(drop)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         for handler in handlers:
             handler.removeFilter(drop)
 
 
-def export(model: torch.nn.Module, function: Function = logits, memory: int | None = None) -> Exported:
+def export(
+    model: torch.nn.Module, function: Function = logits, memory: int | None = None, context: object = None
+) -> Exported:
     """Export a function of `model` and token ids [1, T], for any T; raises TypebarError if torch cannot.
 
-    With `memory` it takes a second tensor, float32 [1, S, memory] for any S.
+    With `memory` it takes a second tensor, float32 [1, S, memory] for any S. With a short `context` it is
+    traced at fewer tokens, since a table that ends at the traced length would tie the graph to it.
     """
+    length = max(2, min(_EXAMPLE_LENGTH, context - 1)) if isinstance(context, int) else _EXAMPLE_LENGTH
     tensors = dict(model.named_parameters(remove_duplicate=False))
     tensors.update(model.named_buffers(remove_duplicate=False))
     first: dict[int, str] = {}
     aliases = {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
     device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
-    inputs = [torch.zeros(1, _EXAMPLE_LENGTH, dtype=torch.int64, device=device)]
+    inputs = [torch.zeros(1, length, dtype=torch.int64, device=device)]
     if memory is not None:
         inputs.append(torch.zeros(1, _EXAMPLE_SOURCE, memory, device=device))
     wrapped = _Call(model, function)
@@ -189,7 +195,7 @@ class _Importer:
                 self._placeholder(node, sources)
             elif node.op == "call_function":
                 self._call(node)
-            elif node.op == "output":
+            elif node.op == "output" and not self.problems:
                 results = [self.values[n][0] for n in node.args[0] if isinstance(n, torch.fx.Node)]
                 self.block.add_op(ir.ReturnOp(*results))
         if self.problems:
@@ -220,13 +226,18 @@ class _Importer:
         if getattr(target, "__name__", "") == "getitem" and isinstance(node.args[0], torch.fx.Node):
             index = node.args[1]
             assert isinstance(index, int)
-            self.values[node] = [self.values[node.args[0]][index]]
+            made = self.values[node.args[0]]
+            self.values[node] = [made[index]] if made else []
+            return
+        if any(not self.values[n] for n in node.all_input_nodes if n in self.values):  # it follows from a refused one
+            self.values[node] = []
             return
         if value is None:  # assertions about shapes and types, which hold for every length the graph was made for
             return
         name = self._name(target)
         if name is None:
-            self._refuse(node, f"{target} is no plain torch operation", "write it with torch operations")
+            called = target if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", target)
+            self._refuse(node, f"{called} is no plain torch operation", "write it with torch operations")
             return
         changed = _changed(node)
         if changed is not None and self._is_seen_elsewhere(changed, node):

@@ -101,10 +101,10 @@ class _Classifier:
         """What the mask is over all pairs up to the context, once it is the same at every shorter length tried."""
         if self.context > LONGEST:
             return self._long_mask(value, heads)
-        whole = self._planes(value, heads, self.context, self.context)
+        whole = self._planes(value, heads, self.context)
         kind = classify_scores(whole, self.graph.encoder)
         for length in reversed(self.lengths[:-1]):
-            planes = self._planes(value, heads, length, length)
+            planes = self._planes(value, heads, length)
             part = whole[:, :length, :length]
             equal = planes.shape == part.shape and torch.equal(planes <= MASKED, part <= MASKED)
             if not equal or not torch.equal(planes.clamp(min=MASKED), part.clamp(min=MASKED)):
@@ -115,7 +115,7 @@ class _Classifier:
         """The same for a mask that is too large to be held: it must be a mask alone, without a bias."""
         kind = classify_bands(self.evaluators[self.context], value, LONGEST, self.graph.encoder)
         for length in self.lengths[:-1]:
-            planes = self._planes(value, heads, length, length).clamp(min=MASKED)
+            planes = self._planes(value, heads, length).clamp(min=MASKED)
             if not torch.equal(planes, added(kind, length).expand_as(planes)):
                 raise _changes(kind.mask, length)
         return kind
@@ -131,14 +131,19 @@ class _Classifier:
                 )
         return ScoreMask("none")
 
-    def _planes(self, value: SSAValue, heads: int, length: int, source: int) -> torch.Tensor:
-        """What is added to scores, float32 [1 or heads, length, source]; -inf where a choice leaves scores out."""
+    def _planes(self, value: SSAValue, heads: int, length: int, source: int | None = None) -> torch.Tensor:
+        """What is added to scores, float32 [1 or heads, length, source]; -inf where a choice leaves scores out.
+
+        Without a `source` the scores are between the text's own positions.
+        """
+        evaluator = self.evaluators.get(length) if source is None else None
+        evaluator = evaluator or Evaluator(length, self.tensors.lookup, source=source)
+        source = length if source is None else source
         if length * source > LONGEST**2:
             rule = f"its mask cannot be checked on all pairs of {length} positions"
             raise Unclassified(rule, f"declare a context of at most {LONGEST}")
-        evaluator = self.evaluators.get(length) if length == source else None
         try:
-            mask = (evaluator or Evaluator(length, self.tensors.lookup, source=source))(value)
+            mask = evaluator(value)
         except NotEvaluable as error:
             reason = f"its mask cannot be worked out: {error}"
             raise Unclassified(reason, "build it from positions alone") from error

@@ -153,8 +153,11 @@ class _Partitioner:
 
     def known(self, value: SSAValue) -> bool:
         """Whether a value has a form already, or gets one where it is used."""
-        made_there = isinstance(value.owner, ir.ParameterOp) or part_of(value) is not None
-        return value in self.shares or value in self.indices or made_there
+        owner = value.owner
+        if value in self.shares or value in self.indices or isinstance(owner, ir.ParameterOp):
+            return True
+        later = isinstance(owner, ir.SliceOp | ir.LinearOp | ir.RotaryOp | ir.ScaleOp) and self.comes_later(owner)
+        return later and isinstance(owner, Operation) and all(self.known(operand) for operand in owner.operands)
 
     def refuse(self, op: Operation, reason: str, remedy: str) -> None:
         self.problems.append(Problem(node_name(op), reason, remedy))
