@@ -7,11 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import Claim
 from families import FAMILIES, VOCAB, Family, random_model
 from numpy.typing import NDArray
 from rounding import rounded_operands
 
 import typebar
+from typebar.compiler import driver
+from typebar.compiler.frontend import load_model
+from typebar.isa.instructions import Format
+from typebar.isa.machine import Machine
 
 PROMPT, GENERATED, SOURCE = 9, 32, 13
 RMS_BOUND, LARGEST_BOUND = 1.5, 3.0
@@ -51,7 +56,9 @@ class Reference:
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_families(family: Family, tmp_path: Path) -> None:
+def test_families(family: Family, tmp_path: Path, claim: Claim) -> None:
+    claim(family.name, "torch", "functional", "")
+    claim(family.name, "torch", "timing", "")
     model = random_model(family)
     rng = np.random.default_rng(3)
     source = rng.integers(3, VOCAB, SOURCE).tolist() if family.encoder else None
@@ -60,16 +67,21 @@ def test_families(family: Family, tmp_path: Path) -> None:
     expected = torch_model.greedy(prompt, GENERATED)
     tokens = prompt + expected
     found = []
+    lowered = load_model(model, CONFIG)
     for devices in (1, 3):
         path = tmp_path / f"{devices}.safetensors"
-        typebar.compile(model, path, machine="tiny", devices=devices, config=CONFIG)
+        driver.write(driver.build(lowered, Machine.load("tiny"), devices, Format.FP16), path)
         with typebar.load(path, device="sim") as image:
             found.append(image.logits(tokens, source))
             made = image.generate(input_ids=source or prompt, max_new_tokens=GENERATED, eos_token_id=-1)
             assert made.tokens == expected
             check_recomputed(image, found[0], tokens, source, rng)
+        timed = typebar.simulate(path, prompt_tokens=PROMPT, new_tokens=GENERATED)
+        assert timed.decode["cycles"] > 0
+        claim(family.name, "torch", "timing", f"{round(timed.decode['cycles'] / (GENERATED - 1)):,} cycles a token")
     assert np.array_equal(found[0], found[1])
-    check_error(family.name, found[0], *torch_model.exact_and_explained(tokens))
+    largest = check_error(family.name, found[0], *torch_model.exact_and_explained(tokens))
+    claim(family.name, "torch", "functional", f"error {largest:.2f} of the format's")
 
 
 def check_recomputed(
@@ -88,10 +100,11 @@ def check_recomputed(
 
 def check_error(
     name: str, found: NDArray[np.float32], exact: NDArray[np.float64], explained: NDArray[np.float64]
-) -> None:
-    """The stated bound; prints how near the family came to it."""
+) -> float:
+    """The stated bound; prints, and returns for the largest error, how near the family came to it."""
     error, unit = np.abs(found - exact), np.abs(explained - exact)
     rms, largest = (np.sqrt(np.mean(error**2)) / np.sqrt(np.mean(unit**2)), error.max() / unit.max())
     print(f"{name}: error {error.max():.2e}, {largest:.2f} of the format's largest, {rms:.2f} of its rms")
     assert rms <= RMS_BOUND and largest <= LARGEST_BOUND
     assert np.abs(exact).max() > 1, "the model's logits must be worth comparing"
+    return float(largest)

@@ -68,9 +68,9 @@ class Decoder(nn.Module):
         return logits
 
 
-def export_pair(model: T5ForConditionalGeneration, folder: Path, fixed: bool = False) -> None:
+def export_pair(model: nn.Module, folder: Path, fixed: bool = False, width: int = 24) -> None:
     source, target = torch.arange(2, 9)[None], torch.arange(3, 8)[None]
-    states = torch.zeros(1, 7, 24)
+    states = torch.zeros(1, 7, width)
     mask = torch.ones_like(source)
     text = {0: "batch", 1: "source"}
     names = ["input_ids", "encoder_hidden_states", "encoder_attention_mask"]
