@@ -96,6 +96,12 @@ class Control:
     """Scalar core, queues, program memory."""
 
     run_ahead: bool = field(metadata={"note": "fetch halves run ahead of compute halves", "contract": False})
+    barriers: bool = field(
+        metadata={
+            "note": "compiled programs fence after every all-gather, and gather on a single device too",
+            "contract": True,
+        }
+    )
     program_bytes: int = _param("program memory", 4096, 2**24, contract=True)
     queue_depth: int = _param("entries of each unit's in-order queue", 1, 64)
     branch_cycles: int = _param("issue cycles of a taken branch", 1, 64)

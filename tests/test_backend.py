@@ -74,6 +74,25 @@ def test_logits_do_not_depend_on_the_number_of_devices(shape: dict[str, int], tm
     assert np.abs(exact).max() > 1, "the model's logits must be worth comparing"
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_barriers_change_time_and_no_bit(devices: int, tmp_path: Path) -> None:
+    """With `control.barriers` four gathers a layer, on one device too, each followed by a fence."""
+    source, tokens = load_model(random_model(**ODD_SHAPES["plain"])), [5, 9, 90, 3]
+    apart = Machine.load("tiny").override({"control.barriers": "true"})
+    made = build(source, apart, devices, Format.FP16)
+    names = [op.kind.name for op in made.program.ops]
+    gathers = [index for index, name in enumerate(names) if name == "gather"]
+    assert len(gathers) == 4 + (devices > 1), "the layers are one loop; the best of all devices is gathered once more"
+    assert [index + 1 for index in gathers[:4]] == [index for index, name in enumerate(names) if name == "fence"]
+    path = tmp_path / "barriers.safetensors"
+    write(made, path)
+    with typebar.load(path, device="sim") as text_model:
+        logits = text_model.logits(tokens)
+    assert np.array_equal(logits, logits_on(source, tmp_path, "tiny", devices, tokens))
+    together = build(source, Machine.load("tiny"), devices, Format.FP16)
+    assert timing(made, 3, 3).total_cycles > timing(together, 3, 3).total_cycles
+
+
 @pytest.mark.parametrize("shape", ODD_SHAPES.values(), ids=ODD_SHAPES.keys())
 def test_logits_do_not_depend_on_what_memory_and_registers_held(shape: dict[str, int], tmp_path: Path) -> None:
     """Registers and caches full of NaN, as at power-up or after another image, change nothing."""

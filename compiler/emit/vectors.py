@@ -153,8 +153,10 @@ def emit_matrix(e: Emission, op: dev.MatrixOp) -> None:
 
 
 def emit_gather(e: Emission, op: dev.GatherOp) -> None:
-    """All-gather over the ring."""
+    """All-gather over the ring; with `control.barriers` nothing issues until it and all before it is done."""
     e.build.add("gather", dst=op.address, a=e.address(op.x), n=ir.width(op.x))
+    if e.machine.control.barriers:
+        e.build.add("fence")
 
 
 def _immediate(value: float) -> dict[str, int]:

@@ -3,7 +3,8 @@
 Attention goes by heads, every other linear operation by columns, each in contiguous blocks; every product takes a
 vector that all devices hold whole, so no addition is ever split and the bits do not depend on the number of devices.
 A `tbd.gather` stands where a shared-out value is needed whole. This is the split that DFX uses (section 4: head-wise
-attention, column-wise products, all-gather without arithmetic).
+attention, column-wise products, all-gather without arithmetic). On one device nothing needs one; with `alone` it is
+there all the same, for a machine that synchronises however many devices it has (`control.barriers`).
 """
 
 from __future__ import annotations
@@ -51,14 +52,16 @@ class _Share:
 
 @dataclass(frozen=True)
 class PartitionPass(ModulePass):
-    """Split a `tb.step` over `devices`; `align` is the register alignment in words.
+    """Split a `tb.step` over `devices`.
 
-    `shape` gives the shapes of parameters; without it score biases are taken to have a plane for each head.
+    `align` is the register alignment in words; `alone`: gather on one device too. `shape` gives the shapes of
+    parameters; without it score biases are taken to have a plane for each head.
     """
 
     name = "partition"
     devices: int = 1
     align: int = 16
+    alone: bool = False
     shape: Callable[[str], tuple[int, ...]] | None = None
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
@@ -70,11 +73,11 @@ class PartitionPass(ModulePass):
         encoder = next((item for item in op.body.block.ops if isinstance(item, ir.EncoderOp)), None)
         for step in [item for item in op.body.block.ops if isinstance(item, ir.StepOp)]:
             block = Block(arg_types=[IndexType(), IndexType()])
-            worker = _Partitioner(self.devices, self.align, self.shape)
+            worker = _Partitioner(self.devices, self.align, self.alone, self.shape)
             problems: list[Problem] = []
             if encoder is not None:
                 worker.memory = MemorySide(step, encoder)
-                first = _Partitioner(self.devices, self.align, self.shape)
+                first = _Partitioner(self.devices, self.align, self.alone, self.shape)
                 source = worker.memory.source(first)
                 problems += first.problems
             worker.step(step, block)
@@ -89,9 +92,12 @@ class PartitionPass(ModulePass):
 
 
 class _Partitioner:
-    def __init__(self, devices: int, align: int, shape: Callable[[str], tuple[int, ...]] | None = None) -> None:
+    def __init__(
+        self, devices: int, align: int, alone: bool = False, shape: Callable[[str], tuple[int, ...]] | None = None
+    ) -> None:
         self.devices = devices
         self.align = align
+        self.gathers = devices > 1 or alone
         self.shape = shape
         self.context = 0
         self.loop: ir.RepeatOp | None = None
@@ -217,7 +223,7 @@ class _Partitioner:
     def replicated(self, value: SSAValue) -> _Share:
         """The whole value on every device, gathered once."""
         share = self.share(value)
-        if not share.split or self.devices == 1:
+        if not share.split or not self.gathers:
             return share
         if value not in self.whole:
             gather = dev.GatherOp(share.value, self.devices)
