@@ -31,3 +31,11 @@ def test_simulating_gpt2_xl_is_quick_and_small() -> None:
     assert report["peak_memory_mb"] <= 4096
     assert report["device_cycles_per_s"] >= 20e6
     assert report["program_bytes"] <= 64 * 1024
+
+
+def test_dfx_is_reproduced_within_five_minutes() -> None:
+    report = figures("dfx.py")
+    assert report["cpu_s"] <= 300
+    assert len(report["figures"]) == 30 and len(report["leave_one_out"]) == 5
+    held_out = [row for row in report["figures"] if row["status"] == "held out"]
+    assert len(held_out) == 4 and all(abs(row["error"]) <= 5 for row in held_out)
