@@ -166,7 +166,7 @@ def fit(targets: Sequence[Target]) -> Fit:
 
 
 def _fit_latencies(rows: int, targets: Sequence[Target]) -> Fit:
-    def errors(latencies: Sequence[float]) -> NDArray[np.float64]:
+    def errors(latencies: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.array([error(target, (rows, *map(int, latencies))) for target in targets])
 
     at = np.array(_START, float)
