@@ -128,7 +128,7 @@ def test_torch_and_onnx_give_the_same_step(model: nn.Module, how: str, tmp_path:
     require_equal(model, brought)
 
 
-@pytest.mark.parametrize("how", ["new-static", "old-static"])
+@pytest.mark.parametrize("how", [pytest.param("new-static", marks=pytest.mark.long), "old-static"])
 def test_a_graph_of_fixed_length_takes_every_shorter_text(model: nn.Module, how: str, tmp_path: Path) -> None:
     brought = load_model(exported(Logits(model), tmp_path / "m.onnx", how, 13), {"context": 64})
     assert brought.config["context"] == 13
