@@ -51,7 +51,7 @@ docs: $(READY) ## regenerate docs/isa.md, and docs/models.md from what `make rec
 	@$(RUN) -m typebar.models.support
 
 record: $(READY) ## run the model families' tests, long ones too, and write down what they find
-	@$(RUN) -m pytest tests/test_families.py --record
+	@$(RUN) -m pytest tests/test_families.py tests/test_families_elsewhere.py --record
 	@$(RUN) -m typebar.models.support
 
 clean: ## remove what the build made, except the virtual environment
