@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -11,15 +12,17 @@ import pytest
 import torch
 from conftest import Claim
 from families import FAMILIES, VOCAB, Family, random_model
-from test_families import CONFIG, PROMPT, SOURCE, Reference, check_error
+from test_families import CONFIG, PROMPT, SOURCE
 from test_onnx_pair import export_pair
 
 import typebar
 from typebar.isa.image import Image
-from typebar.isa.program import encode
+from typebar.isa.program import Program, disassemble, encode
 
 STEPS = 6
+_START = "sadd rd=r22 a=r22"  # added to a row of a table
 SAME = "same instructions"
+APART = "same bits; instructions differ in addresses, as each of the two files holds its embedding"
 
 
 class Logits(torch.nn.Module):
@@ -61,7 +64,7 @@ def tokens_of(family: Family) -> tuple[list[int], list[int] | None]:
 @pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_through_onnx(family: Family, tmp_path: Path, claim: Claim) -> None:
-    """Equal bits; the program is the same to the byte unless the table says how it differs."""
+    """Equal bits; the program is the same to the byte, but of a pair of files, which hold a table twice."""
     claim(family.name, "ONNX", "functional", "")
     model = random_model(family)
     tokens, source = tokens_of(family)
@@ -71,15 +74,20 @@ def test_through_onnx(family: Family, tmp_path: Path, claim: Claim) -> None:
     for name, origin in given.items():
         path = tmp_path / f"{name}.safetensors"
         typebar.compile(origin, path, machine="tiny", devices=3, config=CONFIG)
-        programs[name] = encode(Image.open(path).program).tobytes()
+        programs[name] = Image.open(path).program
         with typebar.load(path, device="sim") as image:
             found[name] = image.logits(tokens, source)
-    same = programs["torch"] == programs["onnx"]
-    claim(family.name, "ONNX", "functional", SAME if same else "other instructions, values within the format's error")
-    if same:
-        assert np.array_equal(found["torch"], found["onnx"])
-    else:
-        check_error(family.name, found["onnx"], *Reference(model, source).exact_and_explained(tokens))
+    same = np.array_equal(encode(programs["torch"]), encode(programs["onnx"]))
+    claim(family.name, "ONNX", "functional", SAME if same else APART)
+    assert without_addresses(programs["torch"]) == without_addresses(programs["onnx"])
+    assert same or family.encoder
+    assert np.array_equal(found["torch"], found["onnx"])
+
+
+def without_addresses(program: Program) -> list[str]:
+    """The program as text without comments, constants and the start of a table that is not the first in its region."""
+    plain = [line.partition(";")[0].rstrip() for line in disassemble(program).splitlines()]
+    return [re.sub(r"(line|value|b)=\S+", "", text) for text in plain if "=" in text and _START not in text]
 
 
 @pytest.mark.long
