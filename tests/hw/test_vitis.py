@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
-import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -89,10 +89,10 @@ def test_bad_requests_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: 
 
 @pytest.mark.long
 def test_the_large_machine_is_written_in_bounds(tmp_path: Path) -> None:
-    began = time.monotonic()
+    began = sum(os.times()[:4])  # of this process and its children, as other work may share the cores
     assert cli.main(["rtl", "--machine", "u280", "-o", str(tmp_path)]) == 0
-    seconds, size = time.monotonic() - began, sum(file.stat().st_size for file in tmp_path.iterdir())
-    print(f"u280: {size} bytes in {seconds:.1f} s")
+    seconds, size = sum(os.times()[:4]) - began, sum(file.stat().st_size for file in tmp_path.iterdir())
+    print(f"u280: {size} bytes in {seconds:.1f} s of CPU time")
     done = lint(tmp_path)
     assert done.returncode == 0, done.stderr[:2000]
     assert size <= MOST_BYTES and seconds <= MOST_SECONDS
