@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 OPERAND_BITS = 11
@@ -37,13 +38,19 @@ class _Rounding(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed 
         self.bits = bits
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        places = _PRODUCTS.get(function.__name__.split(".")[0], ())
+        name = function.__name__.split(".")[0]
+        if "attention" in name:
+            raise AssertionError(f"{name} multiplies out of sight")
+        places = _PRODUCTS.get(name, ())
         given = (rounded(a, self.bits) if i in places else a for i, a in enumerate(args))
         return function(*given, **(kwargs or {}))
 
 
 @contextmanager
 def rounded_operands(bits: int = OPERAND_BITS) -> Iterator[None]:
-    """Within it, every matrix product in torch rounds its factors to `bits` significant bits first."""
-    with _Rounding(bits):
+    """Within it, every matrix product in torch rounds its factors to `bits` significant bits first.
+
+    Fused attention is taken apart, so that its products are seen.
+    """
+    with sdpa_kernel(SDPBackend.MATH), _Rounding(bits):
         yield

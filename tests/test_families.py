@@ -10,11 +10,11 @@ import torch
 from conftest import Claim
 from families import FAMILIES, VOCAB, Family, random_model
 from numpy.typing import NDArray
-from rounding import rounded_operands
 
 import typebar
 from typebar.compiler import driver
 from typebar.compiler.frontend import load_model
+from typebar.host.rounding import rounded_operands
 from typebar.isa.instructions import Format
 from typebar.isa.machine import Machine
 
