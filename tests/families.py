@@ -190,6 +190,19 @@ def _t5_model(**changes: object) -> nn.Module:
     return tf.T5ForConditionalGeneration(tf.T5Config(**_t5(**changes)))
 
 
+def _fido() -> nn.Module:
+    """Five decoder layers as FiDO has them (de Jong et al. 2022, section 3.1): cross-attention in some of them only.
+
+    Two pairs without and with make a loop, and the last layer stands apart.
+    """
+    model = _t5_model(num_layers=1, num_decoder_layers=5)
+    for layer, block in enumerate(model.decoder.block):
+        if layer not in (1, 3, 4):
+            del block.layer[1]  # the cross-attention
+            block.is_decoder = False  # so that the block looks for none
+    return model
+
+
 def _mt5() -> nn.Module:
     return tf.MT5ForConditionalGeneration(tf.MT5Config(**_t5(num_heads=6, num_decoder_layers=1)))
 
@@ -216,6 +229,7 @@ FAMILIES = [
     Family("T5 v1.0", _t5_model, encoder=True),
     Family("T5 v1.1", lambda: _t5_model(**_GATED), encoder=True),
     Family("mT5", _mt5, encoder=True),
+    Family("FiDO's form of T5", _fido, encoder=True),
     Family("ByT5's shape", lambda: _t5_model(num_layers=3, num_decoder_layers=1, **_GATED), encoder=True),
 ]
 
