@@ -42,6 +42,15 @@ class LoweringError(TypebarError):
         super().__init__(f"{len(self.items)} {noun} cannot be lowered: {first}{more}")
 
 
+class UnsupportedError(LoweringError):
+    """A model of a kind that no machine runs, whatever its operations are; `items` has the one reason."""
+
+    def __init__(self, item: Problem) -> None:
+        """Say what it is, why it cannot run and what to do."""
+        super().__init__([item])
+        self.args = (str(item),)
+
+
 def node_name(op: Operation) -> str:
     """How messages name an operation: by the exporter's node, else by its result or kind."""
     node = op.attributes.get("node")

@@ -36,7 +36,8 @@ Installed models with trained weights: `benchmarks/real_models.py` measures them
 
 ## What is not supported
 
-- Batches of several sequences, speculative decoding, mixtures of experts.
+- Mixtures of experts, and encoders alone, such as BERT: `typebar check MODEL` says so in one line.
+- Batches of several sequences, speculative decoding.
 - Attention whose mask's values show no known kind runs from a table in memory, which grows with the square of the
   context.
 - Contexts above 8,192 tokens where attention adds a bias, or where its mask is no elementwise formula of rows and

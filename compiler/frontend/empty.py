@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from typebar.compiler.frontend.kinds import builder_of, refuse_experts
 from typebar.compiler.problems import first_line
 from typebar.isa.errors import TypebarError
 
@@ -30,17 +31,18 @@ def check_layers(config: Any, tensors: int, path: Path) -> None:
 
 
 def empty_model(config: Any) -> torch.nn.Module:
-    """The model of a configuration on the meta device, in float32 and without values."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    """The model of a configuration on the meta device, in float32 and without values.
 
-    pair = getattr(config, "is_encoder_decoder", False)
-    builder = AutoModelForSeq2SeqLM if pair else AutoModelForCausalLM
+    Raises:
+        TypebarError: transformers cannot build it; UnsupportedError for a kind of model that no machine runs.
+    """
+    builder = builder_of(config)
     try:
         with torch.device("meta"):
             model: torch.nn.Module = builder.from_config(config, dtype=torch.float32)
     except Exception as error:  # the builders raise many kinds for the configurations they do not support
-        what = "an encoder-decoder" if pair else "a decoder"
-        raise TypebarError(f"cannot build {what} from this configuration: {first_line(error)}") from error
+        raise TypebarError(f"cannot build a model from this configuration: {first_line(error)}") from error
+    refuse_experts(model)
     return model
 
 
