@@ -67,7 +67,7 @@ def measure(name: str, machine: str, devices: int, weights: str) -> dict[str, An
         image = typebar.compile(
             name, Path(folder) / "image.safetensors", machine=machine, devices=devices, weights=weights
         )
-        with typebar.load(image, device="sim") as ours:
+        with typebar.load(image, device=["sim"]) as ours:
             for kind, sequences in texts.items():
                 start = GIVEN - 1 if kind == "continuations" else 0
                 results, half_error = [], 0.0

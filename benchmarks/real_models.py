@@ -153,7 +153,7 @@ def flan(machine: str, prompts: int, folder: Path, int8: bool) -> dict[str, Any]
     if runtime:
         against |= {"ONNX Runtime": Agreement(), "torch float32 with ONNX Runtime": Agreement()}
     start = time.perf_counter()
-    with typebar.load(image, device="sim") as model:
+    with typebar.load(image, device=["sim"]) as model:
         answers = {prompt: model.generate(prompt, max_new_tokens=LENGTH).text for prompt in QUOTED}
         for prompt in FLAN_PROMPTS[:prompts]:
             source = model.tokenizer.encode(prompt)
@@ -180,7 +180,7 @@ def smollm2(machine: str, prompts: int, folder: Path) -> dict[str, Any]:
     )
     report: dict[str, Any] = {"devices": 4, "compile_s": time.perf_counter() - start}
     found, start, answers = Agreement(), time.perf_counter(), []
-    with typebar.load(image, device="sim") as model:
+    with typebar.load(image, device=["sim"]) as model:
         for prompt in CHAT_PROMPTS[:prompts]:
             tokens, given = chat(model, reference, prompt)
             with torch.inference_mode():

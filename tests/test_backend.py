@@ -54,7 +54,7 @@ def logits_on(
 ) -> NDArray[np.float32]:
     path = folder / f"{machine}-{devices}.safetensors"
     write(build(source, Machine.load(machine), devices, Format.FP16), path)
-    with typebar.load(path, device="sim") as text_model:
+    with typebar.load(path, device=["sim"]) as text_model:
         logits: NDArray[np.float32] = text_model.logits(tokens)
     return logits
 
@@ -86,7 +86,7 @@ def test_barriers_change_time_and_no_bit(devices: int, tmp_path: Path) -> None:
     assert [index + 1 for index in gathers[:4]] == [index for index, name in enumerate(names) if name == "fence"]
     path = tmp_path / "barriers.safetensors"
     write(made, path)
-    with typebar.load(path, device="sim") as text_model:
+    with typebar.load(path, device=["sim"]) as text_model:
         logits = text_model.logits(tokens)
     assert np.array_equal(logits, logits_on(source, tmp_path, "tiny", devices, tokens))
     together = build(source, Machine.load("tiny"), devices, Format.FP16)
@@ -145,7 +145,7 @@ def test_bf16_weights_run(machine: str, tmp_path: Path) -> None:
     tokens = [5, 9, 90, 3]
     path = tmp_path / "bf16.safetensors"
     typebar.compile(model, path, machine=machine, devices=2, weights="bf16")
-    with typebar.load(path, device="sim") as text_model:
+    with typebar.load(path, device=["sim"]) as text_model:
         logits = text_model.logits(tokens)
     source = load_model(model)
     exact = evaluate_step(source.module, source.weights, tokens, torch.float64).numpy()

@@ -32,7 +32,7 @@ def logits_on(
 ) -> NDArray[np.float32]:
     path = folder / f"{devices}.safetensors"
     write(build(model, machine, devices, Format.FP16), path)
-    with typebar.load(path, device="sim") as text_model:
+    with typebar.load(path, device=["sim"]) as text_model:
         logits: NDArray[np.float32] = text_model.logits(tokens)
     return logits
 

@@ -106,7 +106,7 @@ def test_asm_without_output_only_checks(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_run_prints_the_text_that_the_interface_returns(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["run", str(image), "--prompt", PROMPT, "--max-new-tokens", "8"]
-    with api.load(image, device="sim") as model:
+    with api.load(image, device=["sim"]) as model:
         expected = model.generate(PROMPT, max_new_tokens=8)
     simulated = data(capsys, *options, "--device", "sim")
     assert (simulated["text"], simulated["tokens"]) == (expected.text, expected.tokens)

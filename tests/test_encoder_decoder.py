@@ -61,7 +61,7 @@ def test_logits_are_equal_on_any_ring_and_near_float64(shape: Shape, tmp_path: P
     lengths = (shape.source, 1, 5, shape.source // 2 + 1)
     rows: dict[int, list[np.ndarray]] = {length: [] for length in lengths}
     for devices in (1, 2, 3, 4):
-        with typebar.load(image_of(shape, devices, tmp_path), device="sim") as text_model:
+        with typebar.load(image_of(shape, devices, tmp_path), device=["sim"]) as text_model:
             for length in lengths:
                 source, tokens = texts(shape, length)
                 rows[length].append(text_model.logits(tokens, source))

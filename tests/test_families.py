@@ -71,7 +71,7 @@ def test_families(family: Family, tmp_path: Path, claim: Claim) -> None:
     for devices in (1, 3):
         path = tmp_path / f"{devices}.safetensors"
         driver.write(driver.build(lowered, Machine.load("tiny"), devices, Format.FP16), path)
-        with typebar.load(path, device="sim") as image:
+        with typebar.load(path, device=["sim"]) as image:
             found.append(image.logits(tokens, source))
             made = image.generate(input_ids=source or prompt, max_new_tokens=GENERATED, eos_token_id=-1)
             assert made.tokens == expected

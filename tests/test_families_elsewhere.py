@@ -75,7 +75,7 @@ def test_through_onnx(family: Family, tmp_path: Path, claim: Claim) -> None:
         path = tmp_path / f"{name}.safetensors"
         typebar.compile(origin, path, machine="tiny", devices=3, config=CONFIG)
         programs[name] = Image.open(path).program
-        with typebar.load(path, device="sim") as image:
+        with typebar.load(path, device=["sim"]) as image:
             found[name] = image.logits(tokens, source)
     same = np.array_equal(encode(programs["torch"]), encode(programs["onnx"]))
     claim(family.name, "ONNX", "functional", SAME if same else APART)
@@ -99,6 +99,6 @@ def test_on_the_rtl(family: Family, tmp_path: Path, claim: Claim) -> None:
     tokens, source = tokens_of(family)
     found = []
     for device in ("sim", "rtl"):
-        with typebar.load(path, device=device) as image:
+        with typebar.load(path, device=[device]) as image:
             found.append(image.logits(tokens[:3], source and source[:4]))
     assert np.array_equal(*found)

@@ -27,7 +27,7 @@ def test_a_decoder_context_of_any_length_sees_all_of_the_source(tmp_path: Path) 
     model = _t5_model(num_layers=1, num_decoder_layers=1).eval()
     path, tokens, source = tmp_path / "t5.safetensors", [0, 4, 9, 2, 7], [5, 1, 8]
     typebar.compile(model, path, machine="tiny", devices=2, config={"context": 5, "source_context": 6})
-    with typebar.load(path, device="sim") as image, torch.no_grad():
+    with typebar.load(path, device=["sim"]) as image, torch.no_grad():
         found = image.logits(tokens, source)
         out = model(input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([tokens]))
     assert np.abs(found - out.logits[0].numpy()).max() < 0.01 * out.logits.abs().max()
