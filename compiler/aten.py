@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from xdsl.dialects.builtin import (
     f64,
     i64,
 )
-from xdsl.ir import Attribute, BlockArgument, OpResult, SSAValue
+from xdsl.ir import Attribute, BlockArgument, Operation, OpResult, SSAValue
 
 from typebar.compiler import ir
 
@@ -79,7 +80,7 @@ _EVALUATED = (
     | MOVES
     | words(
         """abs add alias all amax amin and any arange bitwise_and bitwise_not bitwise_or clamp clamp_max clamp_min
-        clone cos cumsum detach detach_ diff div embedding eq erf exp fill flip floor floor_divide full gather ge gelu
+        clone cos cumsum detach diff div embedding eq erf exp fill flip floor floor_divide full gather ge gelu
         gt hardtanh index index_put le lift_fresh_copy log log2 logical_and logical_not logical_or lt masked_fill max
         maximum mean min minimum mul ne neg ones or outer pow reciprocal relu remainder round rsqrt rsub scalar_tensor
         sigmoid sign silu sin softplus sqrt square sub sum tanh to _to_copy tril triu type_as var where zeros __and__
@@ -87,6 +88,8 @@ _EVALUATED = (
     )
 )
 
+
+_Known = TypeVar("_Known")
 
 _NOTE = re.compile(r"axis (\d+) is (.+)")
 SOURCE = "S"
@@ -175,25 +178,56 @@ def sizes_noted(value: SSAValue) -> dict[int, str]:
     return {int(m[1]): m[2] for m in found if m is not None}
 
 
-def from_source(value: SSAValue, known: dict[SSAValue, bool | None]) -> bool | None:
-    """Whether a value is computed from the memory, and nothing of the tokens; None if from neither."""
+def _is_size(op: Operation) -> bool:
+    """Whether an operation takes a size of its operand."""
+    return isinstance(op, ir.AtenOp) and op.target.data == "aten.sym_size.int"
+
+
+def _operands_read(value: OpResult) -> Sequence[SSAValue]:
+    """The operands whose elements an operation reads, rather than their sizes alone."""
+    op = value.op
+    if _is_size(op):
+        return []
+    return op.operands[1:] if isinstance(op, ir.AtenOp) and base_name(op) in SHAPE_ONLY else op.operands
+
+
+def _follow(
+    value: SSAValue,
+    known: dict[SSAValue, _Known],
+    inputs: Callable[[OpResult], Sequence[SSAValue]],
+    rule: Callable[[SSAValue, Sequence[_Known]], _Known],
+) -> _Known:
+    """What `rule` makes of a value and of what it makes of its inputs, operands before results; `known` is the memory.
+
+    A value that is no operation's result has no inputs.
+    """
     stack = [value]
     while stack:
         top = stack[-1]
         if top in known:
             stack.pop()
             continue
-        if not isinstance(top, OpResult):
-            known[top] = isinstance(top, BlockArgument) and top.index > 0
-            continue
-        sizes = isinstance(top.op, ir.AtenOp) and top.op.target.data == "aten.sym_size.int"
-        inputs = [] if sizes else list(top.op.operands)
-        waiting = [v for v in inputs if v not in known]
+        needed = inputs(top) if isinstance(top, OpResult) else ()
+        waiting = [v for v in needed if v not in known]
         stack.extend(waiting)
         if not waiting:
-            read = [known[v] for v in inputs if known[v] is not None]
-            known[top] = all(read) if read else None
+            known[top] = rule(top, [known[v] for v in needed])
     return known[value]
+
+
+def from_source(value: SSAValue, known: dict[SSAValue, bool | None]) -> bool | None:
+    """Whether a value is computed from the memory, and nothing of the tokens; None if from neither."""
+
+    def inputs(result: OpResult) -> Sequence[SSAValue]:
+        return [] if _is_size(result.op) else result.op.operands
+
+    def rule(top: SSAValue, read: Sequence[bool | None]) -> bool | None:
+        if not isinstance(top, OpResult):
+            return isinstance(top, BlockArgument) and top.index > 0
+        told = [item for item in read if item is not None]
+        return all(told) if told else None
+
+    return _follow(value, known, inputs, rule)
 
 
 def _decode(attribute: Attribute, op: ir.AtenOp) -> object:
@@ -221,27 +255,7 @@ def _decode(attribute: Attribute, op: ir.AtenOp) -> object:
 
 def depends_on_tokens(value: SSAValue, known: dict[SSAValue, bool]) -> bool:
     """Whether the value depends on which tokens were given, and not merely on how many; `known` is the memory."""
-    stack = [value]
-    while stack:
-        top = stack[-1]
-        if top in known:
-            stack.pop()
-            continue
-        if not isinstance(top, OpResult):
-            known[top] = True
-            continue
-        op = top.op
-        inputs: list[SSAValue] = list(op.operands)
-        if isinstance(op, ir.AtenOp):
-            if base_name(op) in SHAPE_ONLY:
-                inputs = inputs[1:]
-            elif op.target.data == "aten.sym_size.int":
-                inputs = []
-        waiting = [v for v in inputs if v not in known]
-        stack.extend(waiting)
-        if not waiting:
-            known[top] = any(known[v] for v in inputs)
-    return known[value]
+    return _follow(value, known, _operands_read, lambda top, read: not isinstance(top, OpResult) or any(read))
 
 
 class Evaluator:
@@ -275,19 +289,11 @@ class Evaluator:
                 continue
             if not isinstance(top, OpResult):
                 raise NotEvaluable("it depends on the values of the tokens")
-            waiting = [v for v in self._needed(top) if v not in self._values]
+            waiting = [v for v in _operands_read(top) if v not in self._values]
             stack.extend(waiting)
             if not waiting:
                 self._run(top)
         return self._values[value]
-
-    def _needed(self, value: OpResult) -> list[SSAValue]:
-        op = value.op
-        if isinstance(op, ir.AtenOp):
-            if op.target.data == "aten.sym_size.int":
-                return []
-            return list(op.inputs[1:] if base_name(op) in SHAPE_ONLY else op.inputs)
-        return list(op.operands)
 
     def _run(self, value: OpResult) -> None:
         op = value.op
@@ -322,7 +328,7 @@ class Evaluator:
 
     def _call(self, op: ir.AtenOp) -> object:
         target, name = op.target.data, base_name(op)
-        if target == "aten.sym_size.int":
+        if _is_size(op):
             return self._size(op)
         args = [self._concrete(a) for a in arguments(op)]
         kwargs = {k: self._concrete(a) for k, a in keywords(op).items()}

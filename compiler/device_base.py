@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from xdsl.dialects.builtin import IntegerAttr, TensorType
+from xdsl.dialects.builtin import IndexType, IntegerAttr, TensorType
+from xdsl.ir import Block
 from xdsl.irdl import IRDLOperation, ParsePropInAttrDict, opt_prop_def, prop_def, result_def, traits_def
 from xdsl.traits import Pure
 from xdsl.utils.exceptions import VerifyException
 
 FORMAT = "`(` operands `)` attr-dict `:` functional-type(operands, results)"
 """How most operations are written."""
+
+
+def require_indices(block: Block, what: str) -> None:
+    """Raise VerifyException unless a block's arguments are a token and a position, two indices."""
+    if len(block.args) != 2 or not all(isinstance(a.type, IndexType) for a in block.args):
+        raise VerifyException(f"{what} takes two index arguments, token and position")
 
 
 class DeviceOp(IRDLOperation):

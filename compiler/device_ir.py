@@ -42,7 +42,7 @@ from xdsl.traits import IsTerminator, Pure
 from xdsl.utils.exceptions import VerifyException
 
 from typebar.compiler.device_attention import AttentionOp, RotaryOp, RotaryRowOp, ScoreBiasOp
-from typebar.compiler.device_base import DeviceOp, Sized, Valued
+from typebar.compiler.device_base import DeviceOp, Sized, Valued, require_indices
 from typebar.compiler.device_source import SOURCE_OPS
 from typebar.compiler.ir import ACTIVATIONS, TB, number, real, symbol, vector, width
 from typebar.compiler.segments import Segment
@@ -109,10 +109,8 @@ class ProgramOp(DeviceOp):
 
     def verify_(self) -> None:
         """Two index arguments and a `tbd.head` at the end."""
-        block = self.body.block
-        if len(block.args) != 2 or not all(isinstance(a.type, IndexType) for a in block.args):
-            raise VerifyException("tbd.program takes two index arguments, token and position")
-        if not isinstance(block.last_op, HeadOp):
+        require_indices(self.body.block, self.name)
+        if not isinstance(self.body.block.last_op, HeadOp):
             raise VerifyException("the last operation of tbd.program must be tbd.head")
 
 

@@ -8,8 +8,8 @@ lie in memory, a float32 row for each position: `tbd.save` and `tbd.restore`. K 
 
 from __future__ import annotations
 
-from xdsl.dialects.builtin import FloatAttr, IndexType, IntegerAttr, TensorType
-from xdsl.ir import Block, Operation, Region, SSAValue
+from xdsl.dialects.builtin import FloatAttr, IntegerAttr, TensorType
+from xdsl.ir import Operation, Region, SSAValue
 from xdsl.irdl import (
     irdl_op_definition,
     operand_def,
@@ -22,7 +22,7 @@ from xdsl.irdl import (
 from xdsl.traits import NoTerminator, Pure
 from xdsl.utils.exceptions import VerifyException
 
-from typebar.compiler.device_base import DeviceOp, Valued
+from typebar.compiler.device_base import DeviceOp, Valued, require_indices
 from typebar.compiler.ir_values import number, real, vector, width
 
 _NO_RESULT = "`(` operands `)` attr-dict `:` type(operands)"
@@ -34,11 +34,6 @@ position, and fill the next one's cache, while later positions still read the fi
 
 def _numbers(op: Operation, *names: str) -> list[int]:
     return [int(op.properties[name].value.data) for name in names]  # type: ignore[attr-defined]
-
-
-def _require_indices(block: Block, what: str) -> None:
-    if len(block.args) != 2 or not all(isinstance(a.type, IndexType) for a in block.args):
-        raise VerifyException(f"{what} takes two index arguments, token and position")
 
 
 @irdl_op_definition
@@ -66,7 +61,7 @@ class SourceOp(DeviceOp):
 
     def verify_(self) -> None:
         """Two index arguments."""
-        _require_indices(self.body.block, self.name)
+        require_indices(self.body.block, self.name)
 
 
 @irdl_op_definition
@@ -84,7 +79,7 @@ class PhaseOp(DeviceOp):
 
     def verify_(self) -> None:
         """Two index arguments."""
-        _require_indices(self.body.block, self.name)
+        require_indices(self.body.block, self.name)
 
 
 @irdl_op_definition

@@ -162,14 +162,9 @@ class GraphOp(TbOp):
         _require_return(self.body.block)
 
 
-@irdl_op_definition
-class EncoderOp(TbOp):
-    """One source position's computation: block arguments (token: index, position: index), returns the memory's vector.
+class _Positional(TbOp):
+    """What is computed for one position: an encoder or a step."""
 
-    `context` is the largest number of source positions.
-    """
-
-    name = "tb.encoder"
     vocab = prop_def(IntegerAttr)
     context = prop_def(IntegerAttr)
     body = region_def("single_block")
@@ -178,6 +173,16 @@ class EncoderOp(TbOp):
     def __init__(self, vocab: int, context: int, body: Region) -> None:
         """Make the operation from plain values."""
         super().__init__(properties={"vocab": number(vocab), "context": number(context)}, regions=[body])
+
+
+@irdl_op_definition
+class EncoderOp(_Positional):
+    """One source position's computation: block arguments (token: index, position: index), returns the memory's vector.
+
+    `context` is the largest number of source positions.
+    """
+
+    name = "tb.encoder"
 
     def verify_(self) -> None:
         """Two index arguments and one result."""
@@ -187,7 +192,7 @@ class EncoderOp(TbOp):
 
 
 @irdl_op_definition
-class StepOp(TbOp):
+class StepOp(_Positional):
     """One token's computation: block arguments (token: index, position: index), returns the logits.
 
     With an encoder there is a third argument, the memory at one source position, tensor<Dxf32>. `context` is the number
@@ -195,14 +200,6 @@ class StepOp(TbOp):
     """
 
     name = "tb.step"
-    vocab = prop_def(IntegerAttr)
-    context = prop_def(IntegerAttr)
-    body = region_def("single_block")
-    assembly_format = "attr-dict-with-keyword $body"
-
-    def __init__(self, vocab: int, context: int, body: Region) -> None:
-        """Make the operation from plain values."""
-        super().__init__(properties={"vocab": number(vocab), "context": number(context)}, regions=[body])
 
     def verify_(self) -> None:
         """Two index arguments, perhaps a memory, and one result of `vocab` logits."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xdsl.dialects.builtin import FloatAttr, IndexType, IntegerAttr, StringAttr, SymbolRefAttr, TensorType
-from xdsl.ir import SSAValue
+from xdsl.ir import Attribute, SSAValue
 from xdsl.irdl import irdl_op_definition, operand_def, opt_operand_def, opt_prop_def, prop_def, result_def, traits_def
 from xdsl.traits import Pure
 
@@ -20,6 +20,12 @@ context, context] by i and j. There is one plane for each head, or one for all. 
 
 PAIRINGS = ("half", "interleaved")
 """Which elements of a head rotary positions turn together: i and i + rotary_dim / 2, or 2 i and 2 i + 1."""
+
+
+def _heads(heads: int, kv_heads: int, head_dim: int, scale: float) -> dict[str, Attribute | None]:
+    """The properties that every attention has."""
+    numbers = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    return {**{name: number(value) for name, value in numbers.items()}, "scale": real(scale)}
 
 
 class _Attention(TbOp):
@@ -63,7 +69,7 @@ class AttentionOp(_Attention):
     """
 
     name = "tb.attention"
-    q = operand_def(TensorType)
+    q = operand_def(TensorType)  # again, so that they stand before `allowed`
     k = operand_def(TensorType)
     v = operand_def(TensorType)
     allowed = opt_operand_def(TensorType)
@@ -91,11 +97,8 @@ class AttentionOp(_Attention):
         super().__init__(
             operands=[q, k, v, allowed],
             result_types=[q.type],
-            properties={
-                "heads": number(heads),
-                "kv_heads": number(kv_heads),
-                "head_dim": number(head_dim),
-                "scale": real(scale),
+            properties=_heads(heads, kv_heads, head_dim, scale)
+            | {
                 "mask": StringAttr(mask) if mask is not None else None,
                 "window": number(window) if window is not None else None,
                 "bias": symbol(bias) if bias is not None else None,
@@ -131,9 +134,6 @@ class CrossAttentionOp(_Attention):
     """
 
     name = "tb.cross_attention"
-    q = operand_def(TensorType)
-    k = operand_def(TensorType)
-    v = operand_def(TensorType)
 
     def __init__(
         self, q: SSAValue, k: SSAValue, v: SSAValue, heads: int, kv_heads: int, head_dim: int, scale: float
@@ -142,12 +142,7 @@ class CrossAttentionOp(_Attention):
         super().__init__(
             operands=[q, k, v],
             result_types=[q.type],
-            properties={
-                "heads": number(heads),
-                "kv_heads": number(kv_heads),
-                "head_dim": number(head_dim),
-                "scale": real(scale),
-            },
+            properties=_heads(heads, kv_heads, head_dim, scale),
         )
 
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from xdsl.context import Context
-from xdsl.dialects.builtin import ModuleOp, StringAttr
+from xdsl.dialects.builtin import ModuleOp
 from xdsl.ir import Attribute, Block, Operation, SSAValue
 from xdsl.passes import ModulePass
 from xdsl.rewriter import Rewriter
 from xdsl.traits import is_side_effect_free
 
 from typebar.compiler import ir
-from typebar.compiler.aten import MOVES, arguments, base_name, keywords, words
+from typebar.compiler.aten import arguments, base_name, keywords, words
 
-_COPIES = words("alias clone contiguous detach detach_ lift_fresh_copy")
+_COPIES = words("alias clone contiguous detach lift_fresh_copy")
 _SAME_IF_TYPE_IS = words(
     "expand expand_as flatten narrow reshape slice squeeze to type_as unflatten unsqueeze view _to_copy _unsafe_view"
 )
@@ -30,43 +29,12 @@ class Canonicalise(ModulePass):
         """Rewrite every graph in place."""
         for graph in op.body.block.ops:
             if isinstance(graph, ir.GraphOp):
-                _write_apart(graph.body.block)
                 for inner in list(graph.body.block.ops):
                     if isinstance(inner, ir.AtenOp) and (source := _identity_of(inner)) is not None:
                         inner.outs[0].replace_all_uses_with(source)
                         Rewriter.erase_op(inner)
                 merge_equal(graph.body.block)
                 erase_unused(graph.body.block)
-
-
-def _write_apart(block: Block) -> None:
-    """Operations that overwrite their operand give a new value instead, which everything after them uses.
-
-    Those whose operand is a view of another value, or has views, stay: more than that operand would change.
-    """
-    for op in list(block.ops):
-        if not isinstance(op, ir.AtenOp) or not op.inputs or len(op.outs) != 1:
-            continue
-        namespace, name, *overload = op.target.data.split(".")
-        source = op.inputs[0]
-        if not name.endswith("_") or name.endswith("__") or name == "detach_" or source.type != op.outs[0].type:
-            continue
-        aliases = [source.owner, *(use.operation for use in source.uses)]
-        if any(isinstance(a, ir.AtenOp) and base_name(a) in MOVES for a in aliases):
-            continue
-        if not isinstance(source.owner, ir.AtenOp) or not hasattr(torch.ops.aten, name[:-1]):
-            continue
-        op.properties["target"] = StringAttr(".".join((namespace, name[:-1], *overload)))
-        _use_instead(source, op.outs[0], op)
-
-
-def _use_instead(old: SSAValue, new: SSAValue, op: Operation) -> None:
-    """Let what comes after `op` use `new` for `old`."""
-    after = set[Operation]()
-    while (following := op.next_op) is not None:
-        after.add(following)
-        op = following
-    old.replace_uses_with_if(new, lambda use: use.operation in after)
 
 
 def _identity_of(op: ir.AtenOp) -> SSAValue | None:

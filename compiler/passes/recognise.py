@@ -295,7 +295,6 @@ _RULES: dict[str, _Rule] = {
     "aten.addmm.default": _addmm,
     "aten.embedding.default": _embedding,
     "aten.add.Tensor": _binary(ir.AddOp),
-    "aten.add_.Tensor": _binary(ir.AddOp),
     "aten.mul.Tensor": _mul,
     "aten.div.Tensor": _div,
     "aten.neg.default": _neg,
