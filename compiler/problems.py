@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,8 @@ from xdsl.ir import Operation, SSAValue
 from typebar.isa.errors import TypebarError
 
 _SHOWN = 3
+_ANNOUNCED = re.compile(r"(Class v|V)alidation error for (field|validator) .*:")
+_KIND = re.compile(r"^\w*Error: ")
 MODULE = "module"
 """Attribute of an imported operation: the path of the source's module that it comes from."""
 
@@ -83,6 +86,11 @@ def placed(problems: Iterable[Problem], paths: Mapping[str, str]) -> list[Proble
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message that has any text, else the kind of error."""
+    """The first line of an error's message that has any text, else the kind of error.
+
+    Where that line only announces, as those of transformers' checks of a configuration do, it is the next one.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and _ANNOUNCED.fullmatch(lines[0]):
+        return _KIND.sub("", lines[1])
     return lines[0] if lines else type(error).__name__

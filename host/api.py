@@ -66,7 +66,8 @@ def compile(
         devices: devices on the ring, 1 to 64.
         weights: format of weights and caches in memory, fp16 or bf16.
         progress: called with bytes written and in total.
-        config: what the model does not say: context, source_context, eos_token_id, decoder_start_token_id, name.
+        config: what the model does not say: context, source_context, eos_token_id (one, several, or -1 for none),
+            decoder_start_token_id, name.
         tokenizer_json: contents of a tokenizer.json, for modules; a directory brings its own.
 
     Raises:
@@ -104,7 +105,7 @@ def model_source(
     """
     if not isinstance(model, str | os.PathLike):
         return model, config
-    from typebar.compiler.frontend import SHAPES
+    from typebar.compiler.frontend import SHAPES, no_model
     from typebar.models import find, shipped
     from typebar.models.real import find_real, real_models
 
@@ -118,8 +119,8 @@ def model_source(
     if any(known.name == name for known in real_models()):
         real = find_real(name)
         return real.path(), {**real.facts, **(config or {})}
-    names = ", ".join([*(known.name for known in shipped()), *(known.name for known in real_models())])
-    raise TypebarError(f"no model {name!r}: give a checkpoint directory, an .onnx or .gguf file, or one of {names}")
+    names = [*(known.name for known in shipped()), *(known.name for known in real_models())]
+    raise TypebarError(no_model(name, names))
 
 
 def _check_output(out: Path, source: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from typebar.compiler.problems import Problem
     from typebar.isa.instructions import Format
 
+_PAIR = "is_encoder_decoder"
 GRAPH, MACHINE, WEIGHTS = "graph", "machine", "weights"
 
 
@@ -180,11 +183,16 @@ def _more(kind: str, given: str, devices: int) -> list[int]:
 
 def _outside(source: str | Path | torch.nn.Module) -> tuple[str, tuple[str, ...]]:
     """A graph that does not lower has no image, and so no torch device either."""
-    text = "the whole model: without an image it runs in torch outside Typebar only"
+    from typebar.compiler.frontend.facts import read_json
+
+    text = "the whole model, to torch outside Typebar: --device torch runs images, and this graph makes none"
     if not isinstance(source, str | Path) or not Path(source, "config.json").is_file():
         return text, ()
-    load = f"transformers.AutoModel.from_pretrained({str(source)!r})"
-    return text, (f'python -c "import transformers; {load}"',)
+    place = json.dumps(str(source))
+    load = f"transformers.AutoModel.from_pretrained({place})"
+    if Path(source, "tokenizer.json").is_file() and not read_json(Path(source, "config.json")).get(_PAIR):
+        load = f'print(transformers.pipeline("text-generation", {place})("TEXT", max_new_tokens=32))'
+    return text, (f"python -c {shlex.quote(f'import transformers; {load}')}",)
 
 
 def _compile(name: str, machine: str, devices: int, weights: str) -> str:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from typebar.host.cli_errors import FAILED
+from typebar.host.cli_errors import FAILED, as_options
 from typebar.host.cli_model import (
+    FACT_OPTIONS,
     ContextOption,
     DecoderStartOption,
     EndOption,
@@ -42,7 +43,7 @@ def check(
     from typebar.host.check import check as run
 
     facts = model_facts(context, source_context, eos, decoder_start)
-    with progress(f"checking {model}", as_json):
+    with progress(f"checking {model}", as_json), as_options(FACT_OPTIONS):
         report = run(model, machine, devices, weights.value, facts)
     if as_json:
         print_json(report.to_json())
@@ -87,7 +88,7 @@ def compare(
     from typebar.host.compare import compare as run
 
     ids = None if prompt_ids is None else token_ids(prompt_ids)
-    with progress(f"comparing {image}", as_json):
+    with progress(f"comparing {image}", as_json), as_options({"input_ids": "--prompt-ids"}):
         found = run(image, prompt, ids, against)
     if plot is not None:
         from typebar.host.compare_plot import draw

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from typebar.host.cli_errors import as_options
 from typebar.host.cli_output import note, print_facts, print_json, print_table, progress, settings, status_line
 from typebar.host.cli_tools import Json
 from typebar.isa.errors import TypebarError
@@ -48,25 +49,55 @@ _HBM_LABELS = {
     "kv_partial_write_bytes": "rest of rows partly written",
     "total_bytes": "total",
 }
+_LONGEST = 2**31 - 1
+SAMPLING_OPTIONS = {
+    "input_ids": "--prompt-ids",
+    "messages": "--chat",
+    "max_new_tokens": "--max-new-tokens",
+    "do_sample": "--do-sample",
+    "temperature": "--temperature",
+    "top_k": "--top-k",
+    "top_p": "--top-p",
+    "seed": "--seed",
+}
+"""Options by the names that Python's interface has for them, for messages."""
+FACT_OPTIONS = {
+    "config={'context': N}": "--context N",
+    "config={'decoder_start_token_id': N}": "--decoder-start N",
+    "source_context": "--source-context",
+    "eos_token_id": "--eos",
+    "decoder_start_token_id": "--decoder-start",
+}
+_LENGTH_OPTIONS = {"prompt_tokens": "--prompt-tokens", "new_tokens": "--new-tokens", "settings": "--set"}
 Weights = Annotated[WeightFormat, typer.Option("--weights", help="Format of weights and caches.")]
 ContextOption = Annotated[
-    int | None, typer.Option("--context", help="Positions to hold, where the model does not say or fewer will do.")
+    int | None,
+    typer.Option(
+        "--context", min=1, max=_LONGEST, help="Positions to hold, where the model does not say or fewer will do."
+    ),
 ]
-SourceContextOption = Annotated[int | None, typer.Option("--source-context", help="The same for an encoder's text.")]
-EndOption = Annotated[int | None, typer.Option("--eos", help="Token that ends a text, where the model does not say.")]
+SourceContextOption = Annotated[
+    int | None, typer.Option("--source-context", min=1, max=_LONGEST, help="The same for an encoder's text.")
+]
+EndOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--eos", help="Token that ends a text, where the model does not say; repeat it for several, -1: none."
+    ),
+]
 DecoderStartOption = Annotated[
     int | None, typer.Option("--decoder-start", help="Token that a decoder with an encoder starts from.")
 ]
 
 
 def model_facts(
-    context: int | None, source_context: int | None, eos: int | None, decoder_start: int | None
-) -> dict[str, int]:
+    context: int | None, source_context: int | None, eos: list[int] | None, decoder_start: int | None
+) -> dict[str, int | list[int]]:
     """The options that say what a model's files do not, by the names of configurations."""
-    facts = {
+    facts: dict[str, int | list[int] | None] = {
         "context": context,
         "source_context": source_context,
-        "eos_token_id": eos,
+        "eos_token_id": eos or None,
         "decoder_start_token_id": decoder_start,
     }
     return {name: value for name, value in facts.items() if value is not None}
@@ -99,7 +130,7 @@ def compile_(
 
     start = time.perf_counter()
     config = model_facts(context, source_context, eos, decoder_start)
-    with progress(f"compiling {model}", as_json) as update:
+    with progress(f"compiling {model}", as_json) as update, as_options(FACT_OPTIONS):
         made = api.compile(
             model,
             output,
@@ -177,18 +208,19 @@ def run(
     with status_line(slow) as show, api.load(image, _rtl(wave, show) if slow else device.value) as model:
         if not model.has_encoder:
             shown = prompt  # the text goes on from it; an encoder's output does not
-        result = model.generate(
-            prompt,
-            messages=None if chat is None else conversation(chat, system),
-            input_ids=ids,
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            streamer=None if as_json or held or not model.image.tokenizer else stream,
-        )
+        with as_options(SAMPLING_OPTIONS):
+            result = model.generate(
+                prompt,
+                messages=None if chat is None else conversation(chat, system),
+                input_ids=ids,
+                max_new_tokens=max_new_tokens,
+                do_sample=do_sample,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                streamer=None if as_json or held or not model.image.tokenizer else stream,
+            )
     if as_json:
         print_json(result.to_json())
         return
@@ -214,7 +246,13 @@ def _rtl(wave: Path | None, show: Callable[[str], None]) -> list[Candidate]:
         show(f"{cycles:,} cycles, {rate:,.0f} a second")
 
     def make(image: Image) -> Engine:
-        show(f"building the model of {image.machine.name}; this takes a minute if there is none yet")
+        from typebar.host.rtl import check_machine
+        from typebar.hw.native.build import is_built
+
+        check_machine(image.machine)
+        if not is_built(image.machine, None if wave is None else wave.suffix.lower()):
+            text = f"building the model of {image.machine.name}; this takes minutes, once"
+            (show if sys.stderr.isatty() else note)(text)
         return compiled(image, wave, progress)
 
     return [Candidate("rtl", make)]
@@ -252,7 +290,7 @@ def simulate(
         raise TypebarError("simulate takes one of IMAGE and --shape NAME: give exactly one")
     from typebar.host import api
 
-    with progress(f"simulating {source}", as_json):
+    with progress(f"simulating {source}", as_json), as_options(_LENGTH_OPTIONS):
         report = api.simulate(
             source,
             machine=machine,

@@ -137,7 +137,7 @@ def _feed(
         raise TypebarError("give exactly one of prompt (text) and input_ids (token ids)")
     if prompt is not None:
         if not image.tokenizer:
-            raise TypebarError("the image has no tokenizer: give token ids, or compile with a tokenizer.json")
+            raise TypebarError("the image has no tokenizer: give input_ids, or compile with a tokenizer.json")
         input_ids = TextTokenizer(image.tokenizer).encode(prompt)
     facts, given = image_facts(image), list(input_ids or ())
     if facts.encoder is None:

@@ -216,7 +216,7 @@ def _subject(
 def _compiled(source: str | os.PathLike[str], machine: Machine, devices: int, weights: str | None) -> _Subject:
     """A model compiled as far as its program; its weights are not read."""
     from typebar.compiler import driver
-    from typebar.compiler.frontend import SHAPES, load_model
+    from typebar.compiler.frontend import SHAPES, load_model, no_model
     from typebar.models import shipped
 
     fmt = driver.weights_format(_DEFAULT_WEIGHTS if weights is None else weights)
@@ -224,8 +224,7 @@ def _compiled(source: str | os.PathLike[str], machine: Machine, devices: int, we
     name = os.fspath(source)
     places = {model.name: model.path for model in shipped()}
     if not Path(name).exists() and name not in SHAPES and name not in places:
-        known = ", ".join([*SHAPES, *places])
-        raise TypebarError(f"there is no image {name!r}, and no shape of that name; shapes and models are: {known}")
+        raise TypebarError(no_model(name, [*SHAPES, *places], image=True))
     made = driver.build(load_model(places.get(name, source) if name not in SHAPES else name), machine, devices, fmt)
     context, memory = int(made.model.config["context"]), made.memory
     entry = made.program.labels.get("encode", made.program.labels["main"])

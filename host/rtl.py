@@ -40,8 +40,24 @@ Progress = Callable[[int, float], None]
 """Called while a program runs, as progress(cycles of this device so far, cycles a second)."""
 CHUNK = 4096
 """Cycles between two looks at the status registers: some tens of milliseconds."""
+MOST_MULTIPLIERS = 256
+"""The size of a matrix unit, lanes x columns x rows, up to which a simulation of its source is of use."""
 _WORD_BITS, _WORD = 32, 0xFFFFFFFF
 _UNIT_TRAPS = (Trap.TIMEOUT, Trap.BUS)
+
+
+def check_machine(machine: Machine) -> None:
+    """Refuse a machine whose model would take hours to build, and minutes for a token.
+
+    Raises:
+        TypebarError: its matrix unit has more than MOST_MULTIPLIERS.
+    """
+    size = machine.matrix.lanes * machine.matrix.columns * machine.matrix.rows
+    if size > MOST_MULTIPLIERS:
+        raise TypebarError(
+            f"the rtl device simulates machines of at most {MOST_MULTIPLIERS} multipliers, and {machine.name} has"
+            f" {size}: compile for --machine tiny, or run the image with --device sim"
+        )
 
 
 def latencies(machine: Machine) -> Latencies:
@@ -87,6 +103,7 @@ class RtlDevice(Device):
             TypebarError: a tool is absent, or an argument breaks a rule.
             DeviceError: the kernels do not answer, or are not of this version.
         """
+        check_machine(machine)
         check_tools()
         if not 0 <= stall_seed < STALL_SEEDS:
             raise TypebarError(f"stall_seed = {stall_seed} is outside 0 to {STALL_SEEDS - 1}")

@@ -46,7 +46,7 @@ def survey() -> list[Availability]:
 
 
 def candidates(device: str | Sequence[str | Candidate]) -> tuple[list[Candidate], list[str]]:
-    """The engines to try in order, and the reasons for those that are left out from the start.
+    """The engines to try in order, and for `auto` the reasons for those that are left out from the start.
 
     `auto` is hardware, then torch on a GPU, then torch on the CPU; `sim` the functional simulator, with torch to carry
     on if it fails; `rtl` the hardware's source, alone; `torch` a GPU, else the CPU. A sequence is a chain of `sim`,
@@ -107,7 +107,8 @@ def _named(device: str, reasons: list[str]) -> tuple[list[Candidate], list[str]]
 
     absent = cuda_absent()
     if absent is not None:
-        return [Candidate("torch-cpu", _torch("cpu"))], [*reasons, f"torch-cuda not taken: {absent}"]
+        passed = [f"torch-cuda not taken: {absent}"] if device == "auto" else []
+        return [Candidate("torch-cpu", _torch("cpu"))], [*reasons, *passed]
     return [Candidate("torch-cuda", _torch("cuda")), Candidate("torch-cpu", _torch("cpu"))], reasons
 
 

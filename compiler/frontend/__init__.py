@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typebar.compiler.frontend.assembly import FrontendModel
-from typebar.compiler.frontend.models import SHAPES, import_model, load_model
+from typebar.compiler.frontend.models import SHAPES, import_model, load_model, no_model
 from typebar.compiler.frontend.weights import CheckpointSource, DerivedSource, ModuleSource, ShapeSource, WeightSource
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "WeightSource",
     "import_model",
     "load_model",
+    "no_model",
 ]

@@ -11,6 +11,7 @@ from typebar.compiler.frontend.assembly import FrontendModel
 from typebar.compiler.frontend.empty import all_names, check_layers, computed_buffers, empty_model, renamer, untie
 from typebar.compiler.frontend.facts import facts_beside, facts_of, read_json
 from typebar.compiler.frontend.gguf import from_gguf
+from typebar.compiler.frontend.onnx import missing_half
 from typebar.compiler.frontend.pairs import import_functions
 from typebar.compiler.frontend.weights import bind, stored_tensors, tied_apart
 from typebar.compiler.problems import first_line
@@ -61,6 +62,9 @@ def _configuration(directory: Path, path: Path) -> Any:
 def _gguf_of(directory: Path, given: Mapping[str, Any]) -> FrontendModel:
     files = sorted(directory.glob("*.gguf"))
     if not files:
+        lone = missing_half(directory)
+        if lone is not None:
+            raise TypebarError(f"{directory} has {lone[0]} but no {lone[1]}; an encoder-decoder needs both")
         raise TypebarError(f"{directory} has no config.json; give a checkpoint directory in Hugging Face's layout")
     if len(files) > 1:
         raise TypebarError(f"{directory} has {len(files)} GGUF files and no config.json; give the path of one file")

@@ -24,6 +24,9 @@ _LARGEST_JSON = 1 << 24
 PAIR_FACTS = ("bos_token_id", "pad_token_id", "decoder_start_token_id", "source_context", "is_encoder_decoder")
 """What a configuration says of an encoder-decoder only, or only to find the token that its decoder starts from."""
 
+NO_END = -1
+"""What stands for an end of text where there is to be none."""
+
 PAIR_CONTEXT = 512
 """The context of an encoder-decoder whose positions are relative and whose configuration says nothing, in tokens."""
 
@@ -114,6 +117,31 @@ def token_or_none(token: Any, vocab: int) -> int | None:
     return token if known else None
 
 
+def check_given(given: Mapping[str, Any], vocab: int, encoder: bool) -> None:
+    """Refuse what a user says of a model and what it cannot have; the same in a checkpoint's files is only left out.
+
+    Raises:
+        TypebarError: an end or a start outside the vocabulary of `vocab` tokens, or a fact of pairs without an encoder.
+    """
+    ends = given.get("eos_token_id")
+    for token in ends if isinstance(ends, list | tuple) else [] if ends is None else [ends]:
+        if token != NO_END and token_or_none(token, vocab) is None:
+            raise TypebarError(
+                f"eos_token_id = {token!r} is outside the vocabulary of {vocab} tokens: give 0 to {vocab - 1}, or"
+                f" {NO_END} for no end"
+            )
+    for key in ("source_context", "decoder_start_token_id"):
+        if not encoder and given.get(key) is not None:
+            raise TypebarError(
+                f"{key} = {given[key]!r} is for models with an encoder, and this one has none: leave it out"
+            )
+    start = given.get("decoder_start_token_id")
+    if start is not None and token_or_none(start, vocab) is None:
+        raise TypebarError(
+            f"decoder_start_token_id = {start!r} is outside the vocabulary of {vocab} tokens: give 0 to {vocab - 1}"
+        )
+
+
 def length_of(facts: Mapping[str, Any], key: str) -> int | None:
     """A declared length in tokens, or None; raises TypebarError for one that is no positive number."""
     declared = facts.get(key)
@@ -131,6 +159,6 @@ def start_token(facts: Mapping[str, Any], vocab: int) -> int:
         if token is not None:
             return token
     raise TypebarError(
-        "nothing says which token the decoder starts from; give decoder_start_token_id in config.json, or for modules "
-        "with config={'decoder_start_token_id': N}"
+        "nothing says which token the decoder starts from: give config={'decoder_start_token_id': N}, or write it into "
+        "config.json"
     )

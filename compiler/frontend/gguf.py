@@ -50,12 +50,13 @@ def from_gguf(path: Path, given: Mapping[str, Any]) -> FrontendModel:
 
 @contextmanager
 def _read_once() -> Iterator[None]:
-    """Lets transformers, which reads a file's header anew for each thing it makes, read it once, and show no bars."""
+    """Lets transformers, which reads a file's header anew for each thing it makes, read it once, and draw no bar."""
     import gguf
-    from transformers.utils import logging
+    from transformers import modeling_gguf_pytorch_utils
 
     library: Any = gguf
-    reader, shown, made = library.GGUFReader, logging.is_progress_bar_enabled(), dict[str, Any]()
+    widening: Any = modeling_gguf_pytorch_utils
+    reader, bar, made = library.GGUFReader, widening.tqdm, dict[str, Any]()
 
     def once(path: Any) -> Any:
         if str(path) not in made:
@@ -63,13 +64,11 @@ def _read_once() -> Iterator[None]:
         return made[str(path)]
 
     library.GGUFReader = once
-    logging.disable_progress_bar()
+    widening.tqdm = lambda tensors, **_: tensors  # the one bar that transformers draws past its own switch
     try:
         yield
     finally:
-        library.GGUFReader = reader
-        if shown:
-            logging.enable_progress_bar()
+        library.GGUFReader, widening.tqdm = reader, bar
 
 
 def _load(path: Path, header: Header) -> tuple[torch.nn.Module, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,8 +11,8 @@ import torch
 
 from typebar.compiler.frontend.assembly import FrontendModel
 from typebar.compiler.frontend.checkpoints import from_directory
-from typebar.compiler.frontend.empty import empty_model
-from typebar.compiler.frontend.facts import facts_of
+from typebar.compiler.frontend.empty import empty_model, quiet
+from typebar.compiler.frontend.facts import check_given, facts_of
 from typebar.compiler.frontend.gguf import from_gguf
 from typebar.compiler.frontend.onnx import find_onnx, import_onnx
 from typebar.compiler.frontend.pairs import Pair, import_functions
@@ -53,6 +53,13 @@ def load_model(source: Source, config: Mapping[str, Any] | None = None) -> Front
 def import_model(source: Source, config: Mapping[str, Any] | None = None) -> FrontendModel:
     """The same as `load_model`, with the graph as imported and no pass run yet."""
     given = {k: v for k, v in (config or {}).items() if v is not None}
+    with quiet():
+        model = _imported(source, given)
+    check_given(given, model.config["vocab"], bool(model.config.get("is_encoder_decoder")))
+    return model
+
+
+def _imported(source: Source, given: dict[str, Any]) -> FrontendModel:
     if isinstance(source, tuple):
         return _from_module(_pair(source), given)
     if isinstance(source, torch.nn.Module):
@@ -60,17 +67,23 @@ def import_model(source: Source, config: Mapping[str, Any] | None = None) -> Fro
     if isinstance(source, str) and source in SHAPES and not Path(source).exists():
         return _from_shape(source)
     path = Path(source)
-    if path.suffix == ".onnx":
+    if path.is_file() and path.suffix == ".onnx":
         return import_onnx(path, given)
     if path.is_file() and path.suffix == ".gguf":
         return from_gguf(path, given)
     if not path.is_dir():
-        raise TypebarError(
-            f"no model at {str(source)!r}: give a checkpoint directory or one of {', '.join(SHAPES)}, "
-            "or a GGUF or ONNX file"
-        )
+        raise TypebarError(no_model(str(source), SHAPES))
     files = None if any(path.glob("*.safetensors*")) else find_onnx(path)
     return from_directory(path, given) if files is None else import_onnx(files, given)
+
+
+def no_model(name: str, known: Iterable[str] = (), image: bool = False) -> str:
+    """What to say where `name` is no model; `known` are the names that would be, `image` if images would do too."""
+    return (
+        f"no {'image or ' if image else ''}model {name!r}: give {'an image, ' if image else ''}a checkpoint directory,"
+        " an .onnx or .gguf file, a directory with encoder.onnx and decoder.onnx"
+        + "".join(f", or one of {names}" for names in [", ".join(known)] if names)
+    )
 
 
 def _pair(source: tuple[torch.nn.Module, ...]) -> Pair:

@@ -210,7 +210,7 @@ def stored_tensors(directory: Path) -> dict[str, Path]:
     single = directory / _SINGLE
     if not single.is_file():
         raise TypebarError(
-            f"{directory} has no {_SINGLE}; save the model with save_pretrained(safe_serialization=True)"
+            f"{directory} has no {_SINGLE}; load the model with transformers and save it again with save_pretrained"
         )
     with _opened(single) as file:
         return dict.fromkeys(file.keys(), single)

@@ -80,6 +80,17 @@ def _require_flat(value: SSAValue) -> None:
         raise Refused(f"it works on part of each token's values, of shape {shape_text(tensor_shape(value))}")
 
 
+def _require_whole(value: SSAValue) -> None:
+    """A norm must be over all that belongs to a token, as no vector instruction sums parts of a vector apart."""
+    shape = tensor_shape(value)
+    if shape[-1] != _per_token(value):
+        raise Refused(
+            f"it is a norm over parts of each token's values, of shape {shape_text(shape)}, as of each head's"
+            " queries or keys (QK-norm), which is not supported yet",
+            "run the model in torch, outside Typebar, or take one whose norms are over whole tokens",
+        )
+
+
 @dataclass
 class _StepMaker:
     """Builds the step of one graph; `problems` gathers what stands in the way."""
@@ -221,6 +232,8 @@ class _StepMaker:
     def _by_token(self, op: Operation) -> list[Form]:
         """The operations on the last axis: rebuild them on flat vectors."""
         self._check_axes(op)
+        if isinstance(op, ir.RmsNormOp | ir.LayerNormOp):
+            _require_whole(op.operands[0])
         _require_flat(op.operands[0])
         operands = [self._value(v) for v in op.operands]
         types = [ir.vector(_per_token(r)) for r in op.results]

@@ -19,8 +19,7 @@ _TRIED = 32
 
 
 class Reroll(ModulePass):
-    """Find runs of layers, or of groups of layers, that differ only in their numbers in their weights' names, and loop
-    over them."""
+    """Make loops of runs of layers, or of groups of layers, that differ only in the numbers in their weights' names."""
 
     name = "reroll"
 

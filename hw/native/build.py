@@ -77,8 +77,8 @@ def library(machine: Machine, wave: str | None = None, text: Callable[[], str] |
         TypebarError: tools are absent or fail, or the cache cannot be written.
     """
     check_tools()
-    key, folder = _key(machine, wave or "", tag), cache_folder()
-    target = folder / f"{machine.name}-{key}.so"
+    target = _target(machine, wave or "", tag)
+    folder = target.parent
     if target.is_file():
         return target
     if wave == ".fst" and not can_write_fst():
@@ -92,6 +92,20 @@ def library(machine: Machine, wave: str | None = None, text: Callable[[], str] |
     except OSError as error:
         raise TypebarError(f"cannot build in {str(folder)!r}: {error.strerror or error} ({CACHE} moves it)") from None
     return target
+
+
+def is_built(machine: Machine, wave: str | None = None) -> bool:
+    """Whether `library` would find the model of a machine's kernel in the cache.
+
+    Raises:
+        TypebarError: tools are absent.
+    """
+    check_tools()
+    return _target(machine, wave or "").is_file()
+
+
+def _target(machine: Machine, wave: str, tag: str = "") -> Path:
+    return cache_folder() / f"{machine.name}-{_key(machine, wave, tag)}.so"
 
 
 def _sweep(folder: Path) -> None:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from typebar.compiler.frontend.onnx.importer import OnnxSource, find_onnx, import_onnx
+from typebar.compiler.frontend.onnx.importer import OnnxSource, find_onnx, import_onnx, missing_half
 
-__all__ = ["OnnxSource", "find_onnx", "import_onnx"]
+__all__ = ["OnnxSource", "find_onnx", "import_onnx", "missing_half"]

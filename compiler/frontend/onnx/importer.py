@@ -77,6 +77,15 @@ def find_onnx(directory: Path) -> OnnxPaths | None:
     return None
 
 
+def missing_half(directory: Path) -> tuple[str, str] | None:
+    """The encoder's file of a directory without its decoder, and the decoder's usual name; None if there is none."""
+    for folder in (directory, directory / "onnx"):
+        for encoder, decoder in _PAIRS:
+            if (folder / encoder).is_file():
+                return encoder, decoder
+    return None
+
+
 def import_onnx(paths: OnnxPaths, config: Mapping[str, Any] | None = None) -> FrontendModel:
     """A model of an ONNX file, or of an encoder's and a decoder's.
 
