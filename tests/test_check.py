@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
+from transformers import BertConfig, BertForMaskedLM, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging
 
 import typebar
 from typebar.host.cli import main
@@ -96,6 +98,33 @@ def test_weights_beyond_the_format_are_all_named(tmp_path: Path, capsys: pytest.
     assert "h.0.mlp.c_fc" in report["findings"][0]["reason"] and "h.2.attn" in report["findings"][1]["reason"]
     assert report["commands"][0].endswith("--weights bf16")
     assert main(["check", str(spoiled), "--machine", "tiny", "--devices", "2", "--weights", "bf16"]) == 0
+
+
+def test_norms_of_heads_are_named_with_what_runs_instead(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 24}
+    Qwen3ForCausalLM(Qwen3Config(**shape, **heads)).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((find(MODEL).path / "tokenizer.json").read_bytes())
+    capfd.readouterr()
+    assert main(["check", str(tmp_path), "--machine", "tiny", "--devices", "1", "--json"]) == 1
+    made, errors = capfd.readouterr()
+    report = json.loads(made)
+    assert [item["module"] for item in report["findings"]] == [f"model.layers.0.self_attn.{k}_norm" for k in "qk"]
+    assert all("(QK-norm), which is not supported yet" in item["reason"] for item in report["findings"])
+    assert all(item["remedy"].startswith("run the model in torch, outside Typebar") for item in report["findings"])
+    assert "torch outside Typebar" in report["fallback"] and "pipeline" in report["commands"][0]
+    assert errors == ""
+
+
+def test_transformers_says_nothing_while_a_model_is_read(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=24, **shape)
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    capfd.readouterr()
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    assert main(["check", str(tmp_path), "--machine", "tiny", "--devices", "1", "--json"]) == 1
+    assert capfd.readouterr().err == ""
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
 @pytest.mark.parametrize("arguments", [["nothing-here"], [MODEL, "--machine", "huge"], [MODEL, "--devices", "0"]])

@@ -148,7 +148,9 @@ def test_simulate_reports(image: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_opt_runs_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert [item["name"] for item in data(capsys, "opt", "--list")] == list(PASSES)
+    listed = data(capsys, "opt", "--list")
+    assert [item["name"] for item in listed] == list(PASSES)
+    assert all(item["summary"].endswith(".") for item in listed)  # whole sentences
     given, _, expected = (FRONT / "mask_causal.mlir").read_text().partition("// -----")
     source, target = tmp_path / "in.mlir", tmp_path / "out.mlir"
     source.write_text(given)
@@ -295,9 +297,9 @@ def test_examples_run(script: str, tmp_path: Path) -> None:
 def test_facts_that_the_files_lack_are_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "short.safetensors"
     ring = ["--machine", "tiny", "--devices", "1"]
-    data(capsys, "compile", MODEL, "-o", str(path), *ring, "--context", "32", "--eos", "7")
+    data(capsys, "compile", MODEL, "-o", str(path), *ring, "--context", "32", "--eos", "7", "--eos", "9")
     with Image.open(path) as opened:
-        assert (opened.manifest.model["context"], opened.manifest.model["eos"]) == (32, 7)
+        assert (opened.manifest.model["context"], opened.manifest.model["eos"]) == (32, [7, 9])
     assert main(["run", str(path), "--prompt", PROMPT, "--max-new-tokens", "64", "--device", "sim"]) == 2
     assert "context of 32" in capsys.readouterr().err
 

@@ -87,8 +87,9 @@ def small_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_gguf_file_is_a_model(small_gguf: Path) -> None:
+def test_a_gguf_file_is_a_model(small_gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model, brought = llama(), import_model(small_gguf)
+    assert capfd.readouterr() == ("", "")  # no bar of transformers' own
     assert brought.name == "small"
     assert brought.config["chat_template"] == "{{ messages[0].content }}"
     assert {key: brought.config[key] for key in ("vocab", "context", "eos_token_id")} == {

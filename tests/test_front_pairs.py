@@ -234,7 +234,7 @@ class Flat(nn.Module):
         ((Flat(0), Decoder()), {}, "an encoder must return a memory .* not list"),
         ((Flat(2), Decoder()), {}, "an encoder must return a memory"),
         ((Encoder(), Decoder()), {}, "which token the decoder starts from"),
-        ((Encoder(), Decoder()), {"decoder_start_token_id": VOCAB}, "which token the decoder starts from"),
+        ((Encoder(), Decoder()), {"decoder_start_token_id": VOCAB}, "= 61 is outside the vocabulary of 61 tokens"),
         ((Encoder(), Decoder()), {"source_context": 0}, "source_context must be a positive number"),
         ((Encoder(),), {}, "a pair of modules is"),
         ((Encoder(), "decoder"), {}, "a pair of modules is"),

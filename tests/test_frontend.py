@@ -480,7 +480,10 @@ def spoil(path: Path, how: str) -> None:
         ("no config", "has no config.json"),
         ("bad config", "cannot read .*config.json"),
         ("unknown type", "cannot read .*config.json"),
-        ("no weights", "has no model.safetensors; save the model with save_pretrained"),
+        (
+            "no weights",
+            "has no model.safetensors; load the model with transformers and save it again with save_pretrained",
+        ),
         ("truncated", "cannot read weights from"),
         ("lost file", "lacks the weight file absent.safetensors"),
         ("lost tensor", r"model\.safetensors lacks 'ghost' that its index names"),
@@ -502,7 +505,7 @@ def test_bad_checkpoints_give_one_line(tmp_path: Path, how: str, message: str) -
 
 def test_no_such_model() -> None:
     with pytest.raises(
-        TypebarError, match="no model at 'gpt3': give a checkpoint directory or one of gpt2, gpt2-medium"
+        TypebarError, match=r"no model 'gpt3': give a checkpoint directory, an .onnx .*, or one of gpt2, gpt2-medium"
     ):
         load_model("gpt3")
 

@@ -350,6 +350,7 @@ def test_auto_says_what_it_passed_over(image: Path) -> None:
     found = survey()
     assert [item.name for item in found] == ["xrt", "torch-cuda", "torch-cpu"] and found[-1].available
     assert len(made.reasons) == 1 + (not torch.cuda.is_available())
+    assert candidates("torch")[1] == candidates(["torch"])[1] == []
 
 
 def test_a_candidate_that_does_not_open_is_passed_over(image: Path) -> None:

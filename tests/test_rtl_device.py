@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 from typebar.compiler import driver
 from typebar.compiler.frontend import load_model
-from typebar.host import cli, rtl, select
+from typebar.host import cli, cli_model, rtl, select
 from typebar.host.api import load
 from typebar.host.cli_output import status_line
 from typebar.host.device import DeviceError
@@ -108,6 +109,30 @@ def test_arguments_are_checked_before_anything_is_built() -> None:
         RtlDevice(TINY, 1, wave=Path("wave.txt"))
     with pytest.raises(TypebarError, match="stall_seed = -1 is outside 0 to"):
         RtlDevice(TINY, 1, stall_seed=-1)
+
+
+def test_machines_too_large_to_simulate_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*arguments: object) -> Path:
+        raise AssertionError("built")
+
+    monkeypatch.setattr(rtl, "library", never)
+    with pytest.raises(
+        TypebarError, match="machines of at most 256 multipliers, and u280 has 1024: compile for --machin"
+    ):
+        RtlDevice(Machine.load("u280"), 1)
+
+
+def test_building_is_announced_where_no_terminal_shows_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = SimpleNamespace(machine=TINY)
+    for made in (False, True):
+        monkeypatch.setattr(build, "is_built", lambda machine, wave, made=made: made)
+        monkeypatch.setattr(select, "compiled", lambda image, wave, progress: "engine")
+        [candidate] = cli_model._rtl(None, lambda text: None)
+        assert candidate.open(image) == "engine"  # type: ignore[arg-type, comparison-overlap]
+        line = "" if made else "typebar: building the model of tiny; this takes minutes, once\n"
+        assert capsys.readouterr().err == line
 
 
 def test_rtl_is_a_device_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:

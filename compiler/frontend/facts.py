@@ -121,7 +121,7 @@ def check_given(given: Mapping[str, Any], vocab: int, encoder: bool) -> None:
     """Refuse what a user says of a model and what it cannot have; the same in a checkpoint's files is only left out.
 
     Raises:
-        TypebarError: an end or a start outside the vocabulary of `vocab` tokens, or a fact of pairs without an encoder.
+        TypebarError: an end outside the vocabulary of `vocab` tokens, or a fact of pairs without an encoder.
     """
     ends = given.get("eos_token_id")
     for token in ends if isinstance(ends, list | tuple) else [] if ends is None else [ends]:
@@ -135,11 +135,6 @@ def check_given(given: Mapping[str, Any], vocab: int, encoder: bool) -> None:
             raise TypebarError(
                 f"{key} = {given[key]!r} is for models with an encoder, and this one has none: leave it out"
             )
-    start = given.get("decoder_start_token_id")
-    if start is not None and token_or_none(start, vocab) is None:
-        raise TypebarError(
-            f"decoder_start_token_id = {start!r} is outside the vocabulary of {vocab} tokens: give 0 to {vocab - 1}"
-        )
 
 
 def length_of(facts: Mapping[str, Any], key: str) -> int | None:
@@ -153,7 +148,12 @@ def length_of(facts: Mapping[str, Any], key: str) -> int | None:
 
 
 def start_token(facts: Mapping[str, Any], vocab: int) -> int:
-    """The token that a decoder with an encoder starts from; raises TypebarError if nothing says."""
+    """The token that a decoder with an encoder starts from; raises TypebarError if nothing says, or wrongly."""
+    start = facts.get("decoder_start_token_id")
+    if start is not None and token_or_none(start, vocab) is None:
+        raise TypebarError(
+            f"decoder_start_token_id = {start!r} is outside the vocabulary of {vocab} tokens: give 0 to {vocab - 1}"
+        )
     for key in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
         token = token_or_none(facts.get(key), vocab)
         if token is not None:

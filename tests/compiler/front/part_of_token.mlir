@@ -11,4 +11,4 @@ builtin.module {
   }
 }
 // -----
-// error: norm: it works on part of each token's values
+// error: norm: it is a norm over parts of each token's values
