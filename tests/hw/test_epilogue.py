@@ -1,3 +1,4 @@
+# amaranth: UnusedElaboratable=no
 """The matrix unit's epilogue alone: random instructions, every write against the golden numerics, to the cycle."""
 
 from __future__ import annotations
