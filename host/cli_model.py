@@ -282,6 +282,7 @@ def simulate(
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 64,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
     trace: Annotated[Path | None, typer.Option(help="Write a Perfetto trace here.")] = None,
+    start: Annotated[int, typer.Option(help="Positions before the prompt, stored already.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Count the cycles of a generation, without computing it."""
@@ -300,6 +301,7 @@ def simulate(
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             trace=trace,
+            start=start,
         )
     if as_json:
         print_json(report.to_json())

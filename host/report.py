@@ -1,11 +1,12 @@
 """What `simulate` reports: the time of a generation, where it goes, and how near it is to the memory's limit.
 
-Definitions, for a prompt of P tokens and N new ones on D devices:
+Definitions, for a prompt of P tokens and N new ones on D devices, S positions being stored already (`start`, else 0):
 
 - prefill: cycles until device 0 stores the first new token: all passes over the prompt.
 - decode: the other N - 1 passes, from there to the last device's halt; figures per token are None if N = 1.
 - useful bytes per token: the unpadded weights that a pass reads, and the K and V of the position + 1 tokens it attends
-  to, averaged over the decode passes (positions P to P + N - 2); all devices. `hbm_bytes_per_token` is this number.
+  to, averaged over the decode passes (positions S + P to S + P + N - 2); all devices. `hbm_bytes_per_token` is this
+  number.
 - limit_ms_per_token: useful bytes per token / (D x HBM bytes per second of one device).
 - hbm_utilization: limit_ms_per_token / ms_per_token.
 - hbm: bytes that all devices move in the whole run. weight_bytes, kv_bytes and kv_stored_bytes are the model's own;
@@ -30,9 +31,9 @@ import hashlib
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,9 +45,13 @@ from typebar.host.generation import count_of
 from typebar.isa.errors import TypebarError
 from typebar.isa.image import Image
 from typebar.isa.image_manifest import check_machine
+from typebar.isa.instructions import Format
 from typebar.isa.machine import LINE_BYTES, Machine
 from typebar.isa.program import Program, encode, op
 from typebar.sim.timing import TimingResult, run_timing
+
+if TYPE_CHECKING:
+    from typebar.compiler.frontend import FrontendModel
 
 _WORD = 4
 _DEFAULT_MACHINE, _DEFAULT_DEVICES, _DEFAULT_WEIGHTS = "u280", 4, "fp16"
@@ -80,14 +85,15 @@ class SimulationReport:
 
 
 @dataclass(frozen=True)
-class _Subject:
-    """What is simulated."""
+class Subject:
+    """What is simulated; `entry` is where a generation begins, `main` where it goes on from stored positions."""
 
     program: Program
     machine: Machine
     devices: int
     context: int
     entry: int
+    main: int
     io: IoMap
     accounting: Mapping[str, int]
     source_context: int | None = None
@@ -111,6 +117,7 @@ def simulate(
     prompt_tokens: int = 64,
     new_tokens: int = 64,
     trace: str | os.PathLike[str] | None = None,
+    start: int = 0,
 ) -> SimulationReport:
     """Time a generation on a ring of devices, without computing it.
 
@@ -124,28 +131,44 @@ def simulate(
         prompt_tokens: tokens of the prompt; with an encoder, of the source text.
         new_tokens: tokens to generate; none of them ends the text.
         trace: a file to write a Perfetto trace to.
+        start: positions whose K and V are stored already, so that the prompt is at `start`; a token at a long context
+            need not wait for all before it. With an encoder, a `start` other than 0 finds the source text encoded.
 
     Raises:
         TypebarError: in one line, for anything that the caller can mend.
     """
-    start = time.perf_counter()
+    began = time.perf_counter()
     if trace is not None:
         _check_trace(trace)
-    subject = _subject(source, machine, devices, weights, _texts(settings))
-    _check_lengths(prompt_tokens, new_tokens, subject)
-    io = _io_words(subject, prompt_tokens, new_tokens)
-    # A first run that only halts brings in the compiled simulator, so that the rate measured is the simulator's own.
-    run_timing(Program([op("halt")]), subject.machine, 1, io[:1])
-    running = time.perf_counter()
-    result = run_timing(
-        subject.program, subject.machine, subject.devices, io, entry=subject.entry, trace=trace is not None
-    )
-    seconds = time.perf_counter() - running
+    subject = subject_of(source, machine, devices, weights, _texts(settings))
+    report, result = measure(subject, prompt_tokens, new_tokens, start, trace=trace is not None)
     if trace is not None:
         from typebar.sim.trace import write_perfetto
 
         write_perfetto(result, subject.machine, subject.program, Path(trace))
-    return _report(subject, result, prompt_tokens, new_tokens, seconds, start)
+    return replace(report, wall_s=time.perf_counter() - began)
+
+
+def measure(
+    subject: Subject, prompt: int, new: int, start: int = 0, *, trace: bool = False, profile: bool = False
+) -> tuple[SimulationReport, TimingResult]:
+    """Time a generation: its figures, and the run they come from, with a trace or a profile of device 0 if wanted.
+
+    Raises:
+        TypebarError: the tokens exceed the model's context, or the program stops with a trap.
+    """
+    began = time.perf_counter()
+    _check_lengths(prompt, new, start, subject)
+    io = _io_words(subject, prompt, new, start)
+    # A first run that only halts brings in the compiled simulator, so that the rate measured is the simulator's own.
+    run_timing(Program([op("halt")]), subject.machine, 1, io[:1])
+    running = time.perf_counter()
+    entry = subject.main if start else subject.entry
+    result = run_timing(
+        subject.program, subject.machine, subject.devices, io, entry=entry, trace=trace, profile=profile
+    )
+    seconds = time.perf_counter() - running
+    return _report(subject, result, (prompt, new, start), seconds, began), result
 
 
 def _check_trace(trace: str | os.PathLike[str]) -> None:
@@ -170,13 +193,18 @@ def _texts(settings: Mapping[str, str | int] | None) -> dict[str, str]:
     return {key: str(value) for key, value in settings.items()}
 
 
-def _subject(
+def subject_of(
     source: str | os.PathLike[str],
     machine: str | os.PathLike[str] | Machine | None,
     devices: int | None,
     weights: str | None,
     settings: Mapping[str, str],
-) -> _Subject:
+) -> Subject:
+    """What the arguments of `simulate` name.
+
+    Raises:
+        TypebarError: there is no such thing, or it does not go with the machine, the devices or the weights.
+    """
     if not isinstance(source, str | os.PathLike):
         raise TypebarError(
             f"cannot simulate {source!r}: give an image, a checkpoint directory, or a shape's or model's name"
@@ -201,72 +229,97 @@ def _subject(
                 f"the image has {manifest.weights_format} weights, not {weights}: leave it out or compile for {weights}"
             )
         facts = image_facts(image)
-        return _Subject(
+        return Subject(
             image.program,
             chosen,
             manifest.devices,
             facts.context,
             facts.entry if facts.encoder is None else facts.encoder.entry,
+            facts.entry,
             facts.io,
             facts.accounting,
             None if facts.encoder is None else facts.encoder.context,
         )
 
 
-def _compiled(source: str | os.PathLike[str], machine: Machine, devices: int, weights: str | None) -> _Subject:
-    """A model compiled as far as its program; its weights are not read."""
+def _compiled(source: str | os.PathLike[str], machine: Machine, devices: int, weights: str | None) -> Subject:
     from typebar.compiler import driver
-    from typebar.compiler.frontend import SHAPES, load_model, no_model
-    from typebar.models import shipped
 
     fmt = driver.weights_format(_DEFAULT_WEIGHTS if weights is None else weights)
     driver.check_devices(devices)
+    return compiled_subject(model_of(source), machine, devices, fmt)
+
+
+def model_of(source: str | os.PathLike[str]) -> FrontendModel:
+    """The model that a shape's name, a shipped model's name or a checkpoint directory stands for; no weights are read.
+
+    Raises:
+        TypebarError: there is none, or it cannot be lowered.
+    """
+    from typebar.compiler.frontend import SHAPES, load_model, no_model
+    from typebar.models import shipped
+
     name = os.fspath(source)
     places = {model.name: model.path for model in shipped()}
     if not Path(name).exists() and name not in SHAPES and name not in places:
         raise TypebarError(no_model(name, [*SHAPES, *places], image=True))
-    made = driver.build(load_model(places.get(name, source) if name not in SHAPES else name), machine, devices, fmt)
+    return load_model(places.get(name, source) if name not in SHAPES else name)
+
+
+def compiled_subject(model: FrontendModel, machine: Machine, devices: int, fmt: Format) -> Subject:
+    """A model compiled as far as its program.
+
+    Raises:
+        TypebarError: it does not fit, or cannot be lowered.
+    """
+    from typebar.compiler import driver
+
+    made = driver.build(model, machine, devices, fmt)
     context, memory = int(made.model.config["context"]), made.memory
-    entry = made.program.labels.get("encode", made.program.labels["main"])
-    return _Subject(
-        made.program, machine, devices, context, entry, memory.io, memory.accounting, driver.source_context(made.model)
-    )
+    main = made.program.labels["main"]
+    entry, source = made.program.labels.get("encode", main), driver.source_context(made.model)
+    return Subject(made.program, machine, devices, context, entry, main, memory.io, memory.accounting, source)
 
 
-def _check_lengths(prompt: int, new: int, subject: _Subject) -> None:
+def _check_lengths(prompt: int, new: int, start: int, subject: Subject) -> None:
     for name, value in (("prompt_tokens", prompt), ("new_tokens", new)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise TypebarError(f"{name} must be an integer, at least 1, not {value!r}")
+    if isinstance(start, bool) or not isinstance(start, int) or start < 0:
+        raise TypebarError(f"start must be an integer, at least 0, not {start!r}")
     most, context = subject.source_context, subject.context
     if most is not None and prompt > most:
         raise TypebarError(f"prompt_tokens = {prompt} exceed the encoder's context of {most} tokens: ask for less")
-    if most is not None and 1 + new > context:
-        raise TypebarError(f"new_tokens = {new} exceed the decoder's context of {context} tokens: ask for less")
-    if most is None and prompt + new > context:
+    before = f"start = {start}, " if start else ""
+    if most is not None and start + 1 + new > context:
+        raise TypebarError(f"{before}new_tokens = {new} exceed the decoder's context of {context} tokens: ask for less")
+    if most is None and start + prompt + new > context:
         raise TypebarError(
-            f"prompt_tokens = {prompt} and new_tokens = {new} exceed the context of {context} tokens: ask for less"
+            f"{before}prompt_tokens = {prompt} and new_tokens = {new} exceed the context of {context} tokens: "
+            "ask for less"
         )
 
 
-def _io_words(subject: _Subject, prompt: int, new: int) -> NDArray[np.int32]:
+def _io_words(subject: Subject, prompt: int, new: int, start: int) -> NDArray[np.int32]:
     """The IO region of every device before the launch; the prompt's tokens are zeros."""
     words = np.zeros((subject.devices, subject.io.bytes // _WORD), np.int32)
     first = subject.io.descriptor_line * LINE_BYTES // _WORD
     source = 0 if subject.source_context is None else prompt
-    for name, value in {"count": subject.fed(prompt), "new": new, "eos": -1, "source": source}.items():
+    given = {"start": start, "count": subject.fed(prompt), "new": new, "eos": -1, "source": source}
+    for name, value in given.items():
         words[:, first + DESCRIPTOR_WORDS[name]] = value
     return words
 
 
 def _report(
-    subject: _Subject, result: TimingResult, prompt: int, new: int, seconds: float, start: float
+    subject: Subject, result: TimingResult, lengths: tuple[int, int, int], seconds: float, began: float
 ) -> SimulationReport:
-    machine = subject.machine
+    machine, (prompt, new, start) = subject.machine, lengths
     words = encode(subject.program).tobytes()
     io = subject.io
-    prefill = _stored(result, io.tokens_line * LINE_BYTES + subject.fed(prompt) * _WORD)
+    prefill = _stored(result, io.tokens_line * LINE_BYTES + (start + subject.fed(prompt)) * _WORD)
     encoded = None
-    if subject.source_context is not None:
+    if subject.source_context is not None and not start:
         encoded = _stored(result, io.descriptor_line * LINE_BYTES + DESCRIPTOR_WORDS["encoded"] * _WORD)
     per_cycle = 1 / (machine.clock_mhz * 1e3)
     link = 2 * machine.host.latency_ns * 1e-6
@@ -276,10 +329,10 @@ def _report(
         devices=subject.devices,
         clock_mhz=machine.clock_mhz,
         prefill={"tokens": prompt, "cycles": prefill, "ms": prefill * per_cycle},
-        decode=_decode(subject, prompt, new, result.total_cycles - prefill),
+        decode=_decode(subject, lengths, result.total_cycles - prefill),
         breakdown=dict(result.causes[0]["matrix"]),
         units={unit: dict(causes) for unit, causes in result.causes[0].items()},
-        hbm=_hbm(subject, result, prompt, new),
+        hbm=_hbm(subject, result, lengths),
         program_bytes=len(words),
         program_sha256=hashlib.sha256(words).hexdigest(),
         instructions=sum(counters.instructions for counters in result.counters),
@@ -287,7 +340,7 @@ def _report(
         host_ms=link,
         total_ms=result.total_cycles * per_cycle + link,
         device_cycles_per_s=result.total_cycles * result.devices / seconds,
-        wall_s=time.perf_counter() - start,
+        wall_s=time.perf_counter() - began,
         encode={
             "tokens": None if encoded is None else prompt,
             "cycles": encoded,
@@ -304,14 +357,15 @@ def _stored(result: TimingResult, place: int) -> int:
     raise AssertionError(f"the program stored nothing at byte {place}")
 
 
-def _decode(subject: _Subject, prompt: int, new: int, cycles: int) -> dict[str, Any]:
+def _decode(subject: Subject, lengths: tuple[int, int, int], cycles: int) -> dict[str, Any]:
+    prompt, new, start = lengths
     tokens = new - 1
     figures: dict[str, Any] = dict.fromkeys(
         ("ms_per_token", "tokens_per_s", "hbm_bytes_per_token", "hbm_utilization", "limit_ms_per_token")
     )
     if tokens:
-        # Positions prompt to prompt + tokens - 1 attend to one token more than their number.
-        attended = subject.fed(prompt) + (tokens + 1) / 2
+        # Positions start + prompt to start + prompt + tokens - 1 attend to one token more than their number.
+        attended = start + subject.fed(prompt) + (tokens + 1) / 2
         useful = subject.accounting["weight_bytes"] + subject.accounting["kv_bytes_per_position"] * attended
         useful += subject.account("cross_kv_bytes_per_position") * prompt
         seconds = cycles / (subject.machine.clock_mhz * 1e6) / tokens
@@ -326,21 +380,24 @@ def _decode(subject: _Subject, prompt: int, new: int, cycles: int) -> dict[str, 
     return {"tokens": tokens, "cycles": cycles, **figures}
 
 
-def _hbm(subject: _Subject, result: TimingResult, prompt: int, new: int) -> dict[str, int]:
+def _hbm(subject: Subject, result: TimingResult, lengths: tuple[int, int, int]) -> dict[str, int]:
     """Bytes that HBM moved in the whole run, all devices together: the model's own, and the others apart."""
 
     def total(name: str) -> int:
         return sum(int(getattr(counters, name)) for counters in result.counters)
 
+    prompt, new, start = lengths
     fed, per_position = subject.fed(prompt), subject.accounting["kv_bytes_per_position"]
     passes = fed + new - 1
     weights = subject.accounting["weight_bytes"] * passes - subject.accounting["head_bytes"] * (fed - 1)
-    kv, stored = per_position * passes * (passes + 1) // 2, per_position * passes
+    kv, stored = per_position * (start * passes + passes * (passes + 1) // 2), per_position * passes
     if subject.source_context is not None:
         own, cross = subject.account("source_kv_bytes_per_position"), subject.account("cross_kv_bytes_per_position")
-        weights += subject.account("source_weight_bytes") * prompt
-        kv += own * prompt * prompt + cross * prompt * passes
-        stored += (own + cross) * prompt
+        kv += cross * prompt * passes
+        if not start:
+            weights += subject.account("source_weight_bytes") * prompt
+            kv += own * prompt * prompt
+            stored += (own + cross) * prompt
     moved = {name: total(f"{name}_bytes") for name in ("weights_fetched", "kv_fetched", "kv_written")}
     return {
         "weight_bytes": weights,

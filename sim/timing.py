@@ -17,7 +17,7 @@ from typebar.isa.machine import MAX_DEVICES, Machine
 from typebar.isa.program import Program, tables
 from typebar.isa.timing import COUNTERS, STALL_SEEDS, UNIT_NAMES, Cause, timing_parameters
 from typebar.sim.timing_core import BUDGET, FINISHED, GROW, advance
-from typebar.sim.timing_state import C_DRAIN, LOG, TRACE, Code, State, new_state
+from typebar.sim.timing_state import C_DRAIN, LOG, SLICE, TRACE, Code, State, new_state
 
 DEFAULT_MAX_INSTRUCTIONS = 1_000_000_000
 _SLICE = 20_000_000
@@ -64,6 +64,10 @@ class Trace:
 
     `unit` indexes `typebar.isa.timing.UNIT_NAMES`; the unit is occupied in cycles `start` to `end` - 1 by the
     instruction at `pc`.
+
+    A profile has device 0 only, and with each slice what the unit and the device had come to when it ended: `causes`
+    [slices, causes], cycles of that unit by `Cause`, which sum to `end`; `counters` [slices, counters], by `COUNTERS`.
+    Both are None in a plain trace. What a slice cost or moved is its difference from the unit's slice before.
     """
 
     device: NDArray[np.int64]
@@ -71,6 +75,8 @@ class Trace:
     start: NDArray[np.int64]
     end: NDArray[np.int64]
     pc: NDArray[np.int64]
+    causes: NDArray[np.int64] | None = None
+    counters: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,11 +102,13 @@ def run_timing(
     max_instructions: int = DEFAULT_MAX_INSTRUCTIONS,
     trace: bool = False,
     stall_seed: int = 0,
+    profile: bool = False,
 ) -> TimingResult:
     """Time a program on `devices` devices from instruction `entry` until all have halted.
 
     `io` [devices, words] is the start of each device's IO region as 32-bit words, for scalar loads; it is not
     changed, and words beyond it read as 0. `max_instructions` counts all devices' instructions together.
+    `trace` records what occupies every unit of every device; `profile`, of device 0 only, also what each slice cost.
     `stall_seed`, if not 0, delays memories and links as `typebar.isa.timing.stall` says, for verification.
 
     Raises:
@@ -116,7 +124,7 @@ def run_timing(
     p = timing_parameters(machine, stall_seed)
     decoded = tables(program)
     code = Code(decoded.opcode, decoded.modifiers, decoded.register, decoded.immediate)
-    state = new_state(p, machine.vector.segments, devices, io, trace)
+    state = new_state(p, machine.vector.segments, devices, io, trace, profile)
     state.pc[:] = entry
     while True:
         budget = min(max_instructions, int(state.used[2]) + _SLICE)
@@ -158,7 +166,6 @@ def _result(state: State, machine: Machine) -> TimingResult:
         for device in state.causes
     )
     order = np.argsort(state.log[: state.used[LOG], 0], kind="stable")
-    columns = np.ascontiguousarray(state.trace[: state.used[TRACE]].T)
     return TimingResult(
         total_cycles=total,
         devices=len(state.pc),
@@ -166,5 +173,13 @@ def _result(state: State, machine: Machine) -> TimingResult:
         causes=causes,
         counters=tuple(Counters(*(int(value) for value in row)) for row in state.counters),
         stores=tuple(StoreRecord(*(int(value) for value in state.log[row])) for row in order),
-        trace=Trace(*columns) if len(state.trace) else None,
+        trace=_trace(state) if len(state.trace) else None,
     )
+
+
+def _trace(state: State) -> Trace:
+    rows = state.trace[: state.used[TRACE]]
+    columns = np.ascontiguousarray(rows[:, :SLICE].T)
+    if rows.shape[1] == SLICE:
+        return Trace(*columns)
+    return Trace(*columns, rows[:, SLICE : SLICE + len(Cause)], rows[:, SLICE + len(Cause) :])

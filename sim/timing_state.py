@@ -95,6 +95,8 @@ T_RING, T_SOFTWARE = int(Trap.RING_MISMATCH), int(Trap.SOFTWARE)
 # Columns of `State.counters`, those of COUNTERS; what has one for each HBM region begins with WEIGHTS.
 N_INSTRUCTIONS, N_FETCHED, N_USEFUL, N_WRITTEN, N_USEFUL_WRITTEN, N_DDR, N_RING, N_MACS = 0, 1, 3, 5, 6, 7, 8, 9
 LOG, TRACE = 0, 1
+SLICE = 5
+"""Columns of `State.trace` before those of a profile."""
 E_ROWS, E_USABLE, E_LINES, E_GATHERS = range(4)
 GATHER_N, GATHER_START, GATHER_PC, GATHER_DONE, GATHER_SCRATCH = range(5)
 NEVER = -(1 << 62)
@@ -145,11 +147,13 @@ class State(NamedTuple):
     gathers: Ints  # [5, D] of the ring instruction: n, start, pc, done, and scratch
     gather_values: Ints  # [D, 3] its operands
     log: Ints  # [., 5] scalar stores to IO: completion, device, line, byte, value
-    trace: Ints  # [., 5] device, unit, start, end, pc
+    trace: Ints  # [., 5] device, unit, start, end, pc; in a profile then the unit's causes and the device's counters
     used: Ints  # [3] rows used of log and trace, and instructions executed by all devices
 
 
-def new_state(p: TimingParameters, segments: int, devices: int, io: NDArray[np.int32], trace: bool) -> State:
+def new_state(
+    p: TimingParameters, segments: int, devices: int, io: NDArray[np.int32], trace: bool, profile: bool = False
+) -> State:
     """The state at start: R1 the rank, R2 the number of devices, everything else zero."""
 
     def zeros(*shape: int) -> Ints:
@@ -189,7 +193,7 @@ def new_state(p: TimingParameters, segments: int, devices: int, io: NDArray[np.i
         gathers=zeros(5, devices),
         gather_values=zeros(devices, 3),
         log=zeros(max(64, devices), 5),
-        trace=zeros(4096 if trace else 0, 5),
+        trace=zeros(4096 if trace or profile else 0, SLICE + (len(Cause) + len(COUNTERS) if profile else 0)),
         used=zeros(3),
     )
 
@@ -257,12 +261,22 @@ def finish_instruction(s: State, p: TimingParameters, d: int, unit: int, count: 
 
 @compiled
 def record_slice(s: State, d: int, unit: int, start: int, end: int, pc: int) -> None:
-    """Record occupancy of a unit, if a trace is wanted; the caller has seen to the room."""
-    if s.trace.shape[0]:
-        row = s.used[TRACE]
-        s.trace[row, 0], s.trace[row, 1], s.trace[row, 2] = d, unit, start
-        s.trace[row, 3], s.trace[row, 4] = end, pc
-        s.used[TRACE] = row + 1
+    """Record occupancy of a unit, if a trace is wanted; the caller has seen to the room.
+
+    A profile is of device 0 only, with the unit's causes and the device's counters as they stand after the slice.
+    """
+    if s.trace.shape[0] == 0 or (d > 0 and s.trace.shape[1] > SLICE):
+        return
+    row = s.used[TRACE]
+    s.trace[row, 0], s.trace[row, 1], s.trace[row, 2] = d, unit, start
+    s.trace[row, 3], s.trace[row, 4] = end, pc
+    s.used[TRACE] = row + 1
+    if s.trace.shape[1] > SLICE:
+        causes, counters = s.causes.shape[2], s.counters.shape[1]
+        for i in range(causes):
+            s.trace[row, SLICE + i] = s.causes[d, unit, i]
+        for i in range(counters):
+            s.trace[row, SLICE + causes + i] = s.counters[d, i]
 
 
 @compiled

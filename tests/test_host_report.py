@@ -85,6 +85,25 @@ def test_prefill_ends_with_the_first_token(image: Path, report: SimulationReport
     json.dumps(one.to_json(), allow_nan=False)
 
 
+@pytest.mark.parametrize("position", [1, 63, 64, 200])
+def test_a_token_may_be_timed_without_the_tokens_before_it(image: Path, position: int) -> None:
+    """A token at a position takes what it takes at the end of a whole generation, and finds the same bytes."""
+    whole = [simulate(image, prompt_tokens=1, new_tokens=n).total_cycles for n in (position + 2, position + 3)]
+    alone, longer = (simulate(image, prompt_tokens=1, new_tokens=n, start=position) for n in (2, 3))
+    assert longer.total_cycles - alone.total_cycles == whole[1] - whole[0]
+    weights, kv = model_bytes()
+    assert alone.decode["hbm_bytes_per_token"] == weights + kv * (position + 2)
+    assert alone.hbm["kv_bytes"] == kv * (2 * position + 3) and alone.hbm["kv_stored_bytes"] == 2 * kv
+    assert alone.hbm["kv_padding_bytes"] >= 0
+
+
+def test_a_start_beyond_the_context_is_refused(image: Path) -> None:
+    with pytest.raises(TypebarError, match=r"start = 254, prompt_tokens = 1 and new_tokens = 2 exceed the context of"):
+        simulate(image, prompt_tokens=1, new_tokens=2, start=254)
+    with pytest.raises(TypebarError, match="start must be an integer, at least 0, not -1"):
+        simulate(image, start=-1)
+
+
 def test_a_model_needs_no_image(image: Path, report: SimulationReport) -> None:
     """Compiling without weights gives the very program, and so the same cycles."""
     other = simulate("folio-draft", devices=DEVICES, prompt_tokens=PROMPT, new_tokens=NEW).to_json()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from typebar.isa.errors import TypebarError
 from typebar.isa.machine import Machine
 from typebar.isa.program import Op, Operand, Program, op
-from typebar.isa.timing import stall
+from typebar.isa.timing import COUNTERS, UNIT_NAMES, Cause, stall
 from typebar.sim.timing import TimingResult, run_timing
 
 SIZES = (2, 2, 1, 4)
@@ -667,6 +667,30 @@ def check(seed: int) -> None:
     io = np.zeros((devices, 0), np.int32)
     result = run_timing(program, machine, devices, io, trace=True, stall_seed=stalls)
     compare(result, *reference(program, machine, devices, stalls))
+    profiled = run_timing(program, machine, devices, io, profile=True, stall_seed=stalls)
+    compare_profile(profiled, result)
+
+
+def compare_profile(profiled: TimingResult, traced: TimingResult) -> None:
+    """A profile is the trace of device 0; its causes sum to each slice's end, and it ends at the run's own counters."""
+    profile, trace = profiled.trace, traced.trace
+    assert profile is not None and trace is not None and profile.causes is not None and profile.counters is not None
+    assert profiled.total_cycles == traced.total_cycles and trace.causes is None
+    mine = trace.device == 0
+    for name in ("device", "unit", "start", "end", "pc"):
+        assert (getattr(profile, name) == getattr(trace, name)[mine]).all(), name
+    assert (profile.causes.sum(axis=1) == profile.end).all()
+    for unit, name in enumerate(UNIT_NAMES):
+        rows = np.flatnonzero(profile.unit == unit)
+        assert (np.diff(profile.causes[rows], axis=0) >= 0).all()
+        if len(rows):
+            last = {Cause(i).name.lower(): int(n) for i, n in enumerate(profile.causes[rows[-1]]) if n}
+            known = dict(traced.causes[0][name])
+            known["drain"] = known.get("drain", 0) - (traced.total_cycles - int(profile.end[rows[-1]]))
+            assert last == {cause: cycles for cause, cycles in known.items() if cycles}
+    moved = profile.counters.max(axis=0, initial=0)
+    final = [getattr(traced.counters[0], name) for name in COUNTERS]
+    assert moved[1:].tolist() == final[1:]  # slices do not count the scalar core's instructions after them
 
 
 @settings(max_examples=250, deadline=None)
