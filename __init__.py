@@ -1,19 +1,19 @@
 """Typebar: compiler, exact simulators and host runtime for text generation on a ring of FPGAs.
 
-`check` tells whether a model compiles, `compile` makes an image of it, `load` runs one, `simulate` times one, `compare`
-holds one against torch; the modules of `host` document them. They are imported when first used, for they bring torch
-with them.
+`check` tells whether a model compiles, `compile` makes an image of it, `load` runs one, `simulate` times one, `report`
+writes a page on where its time goes, `compare` holds one against torch; the modules of `host` document them. They are
+imported when first used, for they bring torch with them.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from typebar.host.api import compile, load, simulate
+    from typebar.host.api import compile, load, report, simulate
     from typebar.host.check import check
     from typebar.host.compare import compare
 
-__all__ = ["check", "compare", "compile", "load", "simulate"]
+__all__ = ["check", "compare", "compile", "load", "report", "simulate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,7 @@ from typebar.host import generation
 from typebar.host.chat import Messages, chat_prompt
 from typebar.host.engine import Engine
 from typebar.host.facts import image_facts
+from typebar.host.page import report
 from typebar.host.report import SimulationReport, simulate
 from typebar.host.sampling import Sampler, SamplingSettings, as_integer
 from typebar.host.select import Candidate, candidates
@@ -390,5 +391,6 @@ __all__ = [
     "compile",
     "load",
     "model_source",
+    "report",
     "simulate",
 ]

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from typebar.host import cli_check, cli_doctor, cli_model, cli_rtl, cli_tools
+from typebar.host import cli_check, cli_doctor, cli_model, cli_report, cli_rtl, cli_tools
 from typebar.host.cli_errors import guarded
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ for _command in (
     cli_model.compile_,
     cli_model.run,
     cli_model.simulate,
+    cli_report.report,
     cli_check.compare,
     cli_tools.disasm,
     cli_tools.asm,

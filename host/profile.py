@@ -70,12 +70,15 @@ class Layer:
 class Timeline:
     """A stretch of time in equal bins: shares of the most that could be, 0 to 1, on device 0.
 
+    It is `cycles` long and begins `first` cycles after the token before was stored.
+
     `hbm` are bytes read and written over the memory's peak, `ring` bytes sent over the rate of the links in both
     directions, `matrix` cycles in which the matrix unit is occupied. Bytes of an instruction are spread evenly over the
     time in which its unit is occupied by it.
     """
 
-    cycles: int
+    first: float
+    cycles: float
     hbm: list[float]
     ring: list[float]
     matrix: list[float]
@@ -155,9 +158,10 @@ class Profile:
             found.append(Layer(None if layer < 0 else int(layer), share))
         return sorted(found, key=lambda item: (item.number is None, item.number or 0))
 
-    def timeline(self, number: int, bins: int) -> Timeline:
-        """Use of HBM, ring and matrix unit from one token's store to the next one's."""
-        first, last = int(self.stored[number - 1]), int(self.stored[number])
+    def timeline(self, number: int, bins: int, part: tuple[float, float] = (0.0, 1.0)) -> Timeline:
+        """Use of HBM, ring and matrix unit from one token's store to the next one's, or in a part of that time."""
+        before, whole = int(self.stored[number - 1]), int(self.stored[number] - self.stored[number - 1])
+        first, last = before + part[0] * whole, before + part[1] * whole
         width, machine = (last - first) / bins, self.machine
 
         def spread(unit: int, amounts: Ints | None, counter: int | None = None) -> NDArray[np.float64]:
@@ -171,6 +175,7 @@ class Profile:
         hbm = spread(FETCH_UNIT, requests * machine.row_bytes) + spread(Unit.MEMORY, None, _WRITTEN)
         links = 2 * machine.ring.megabits_per_second / 8 / machine.clock_mhz  # bytes a cycle, in both directions
         return Timeline(
+            first - before,
             last - first,
             (hbm / (width * machine.row_bytes)).tolist(),
             (spread(Unit.RING, None, _RING) / (width * links)).tolist(),
@@ -189,7 +194,7 @@ def _add(share: Share, trace: Trace, rows: Ints, causes: Ints, counters: Ints) -
     share.macs += int(counters[:, _MACS].sum())
 
 
-def _binned(starts: Ints, ends: Ints, amounts: Ints, first: int, width: float, bins: int) -> NDArray[np.float64]:
+def _binned(starts: Ints, ends: Ints, amounts: Ints, first: float, width: float, bins: int) -> NDArray[np.float64]:
     """Amounts, each spread evenly from its start to its end, as sums over bins from `first` on."""
     edges = first + width * np.arange(bins + 1)
     # Up to an edge: all that ended before it, and the part of what is under way; of any unit at most one slice is.

@@ -139,7 +139,7 @@ def simulate(
     """
     began = time.perf_counter()
     if trace is not None:
-        _check_trace(trace)
+        check_output(trace, "trace")
     subject = subject_of(source, machine, devices, weights, _texts(settings))
     report, result = measure(subject, prompt_tokens, new_tokens, start, trace=trace is not None)
     if trace is not None:
@@ -171,17 +171,21 @@ def measure(
     return _report(subject, result, (prompt, new, start), seconds, began), result
 
 
-def _check_trace(trace: str | os.PathLike[str]) -> None:
-    """Refuse, before the long run, a file that could not be written after it."""
-    if not isinstance(trace, str | os.PathLike):
-        raise TypebarError(f"trace must be a path, not {trace!r}: name a file")
-    path, name = Path(trace), os.fspath(trace)
+def check_output(out: str | os.PathLike[str], what: str) -> None:
+    """Refuse, before a long run, a file that could not be written after it; `what` is what the caller calls it.
+
+    Raises:
+        TypebarError: it is no path, or is a directory, or its folder is missing or not writable.
+    """
+    if not isinstance(out, str | os.PathLike):
+        raise TypebarError(f"{what} must be a path, not {out!r}: name a file")
+    path, name = Path(out), os.fspath(out)
     if path.is_dir():
-        raise TypebarError(f"trace {name!r} is a directory: name a file")
+        raise TypebarError(f"{what} {name!r} is a directory: name a file")
     if not path.parent.is_dir():
-        raise TypebarError(f"trace {name!r} cannot be written: No such folder; create it or name another")
+        raise TypebarError(f"{what} {name!r} cannot be written: No such folder; create it or name another")
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise TypebarError(f"trace {name!r} cannot be written: its folder is not writable; name another")
+        raise TypebarError(f"{what} {name!r} cannot be written: its folder is not writable; name another")
 
 
 def _texts(settings: Mapping[str, str | int] | None) -> dict[str, str]:

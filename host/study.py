@@ -92,6 +92,7 @@ class Study:
     products: list[ProductFigures]
     layers: list[dict[str, Any]]
     timeline: dict[str, Any]
+    detail: dict[str, Any]
     devices: list[Point]
     contexts: list[Point]
 
@@ -177,8 +178,9 @@ def _case(
     new: int,
 ) -> _Case:
     """The subject, compiled once or read from its image, with the model that it was compiled from."""
-    named = [] if machine is None or isinstance(machine, Machine) else ["--machine", os.fspath(machine)]
-    options = [*named, *(word for key, value in settings.items() for word in ("--set", f"{key}={value}"))]
+    name = machine.name if isinstance(machine, Machine) else machine
+    options = ["--machine", os.fspath(name)] if name is not None else []
+    options = [*options, *(word for key, value in settings.items() for word in ("--set", f"{key}={value}"))]
     path = Path(source) if isinstance(source, str | os.PathLike) else None
     if path is not None and path.is_file():
         subject = subject_of(source, machine, devices, weights, settings)
@@ -235,11 +237,20 @@ def _on_devices(case: _Case, count: int, context: int) -> Point:
 
 
 def _command(case: _Case, devices: int, prompt: int, new: int, start: int = 0) -> str:
-    words = ["typebar", "simulate", *case.options]
-    if case.options[0] == "--shape" or devices != case.subject.devices:
-        words += ["--devices", str(devices)]
-    words += ["--prompt-tokens", str(prompt), "--new-tokens", str(new)]
-    return shlex.join([*words, *(["--start", str(start)] if start else []), "--json"])
+    """What prints a simulation's figures: an image is for one number of devices, and for others the report is."""
+    if case.options[0] != "--shape" and devices != case.subject.devices:
+        return _report_command(case) + " --json"
+    lengths = ["--prompt-tokens", str(prompt), "--new-tokens", str(new), *(["--start", str(start)] if start else [])]
+    return shlex.join(["typebar", "simulate", *case.options, *_devices(case, devices), *lengths, "--json"])
+
+
+def _report_command(case: _Case) -> str:
+    lengths = ["--prompt-tokens", str(case.prompt), "--new-tokens", str(case.new)]
+    return shlex.join(["typebar", "report", *case.options, *_devices(case, case.subject.devices), *lengths])
+
+
+def _devices(case: _Case, devices: int) -> list[str]:
+    return ["--devices", str(devices)] if case.options[0] == "--shape" else []
 
 
 def _point(case: _Case, subject: Subject, context: int) -> Point:
@@ -323,6 +334,13 @@ def _figures(phase: str, product: Product, share: Share, machine: Machine) -> Pr
     )  # fmt: skip
 
 
+def _middle(layers: list[Layer]) -> tuple[float, float]:
+    """About two layers in the middle of a pass, as parts of its time."""
+    numbered = [layer for layer in layers if layer.number is not None]
+    width = min(1.0, 2 / len(numbered)) if numbered else 1.0
+    return 0.5 - width / 2, 0.5 + width / 2
+
+
 def _layer(layer: Layer) -> dict[str, Any]:
     return {"layer": layer.number, "cycles": layer.share.cycles, "causes": layer.share.causes}
 
@@ -337,17 +355,16 @@ def _assembled(
 ) -> Study:
     subject, machine = case.subject, case.subject.machine
     last = len(profile.stored) - 1
+    layers = profile.by_layer(last)
     shares = {"prefill": profile.by_product(0), "decode": profile.by_product(last)}
     compute = 2 * machine.matrix.lanes * machine.matrix.columns * machine.matrix.rows * machine.clock_mhz * 1e6
-    limits = ["--prompt-tokens", str(case.prompt), "--new-tokens", str(case.new)]
-    devices = ["--devices", str(subject.devices)] if case.options[0] == "--shape" else []
     return Study(
         source=os.fspath(source),
         weights=case.format.name.lower(),
         context=subject.context,
         machine=machine.to_mapping(),
         program_sha256=simulation.program_sha256,
-        command=shlex.join(["typebar", "report", *case.options, *devices, *limits]),
+        command=_report_command(case),
         simulate_command=_command(case, subject.devices, case.prompt, case.new),
         ttft_ms=float(simulation.prefill["ms"]) + machine.host.latency_ns * 2e-6,
         simulation=replace(simulation, wall_s=0.0, device_cycles_per_s=0.0).to_json(),
@@ -362,8 +379,9 @@ def _assembled(
             for product, share in found.items()
             if share.fetched_bytes
         ],
-        layers=[_layer(layer) for layer in profile.by_layer(last)],
+        layers=[_layer(layer) for layer in layers],
         timeline=asdict(profile.timeline(last, BINS)),
+        detail=asdict(profile.timeline(last, BINS, _middle(layers))),
         devices=by_devices,
         contexts=by_context,
     )

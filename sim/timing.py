@@ -179,7 +179,8 @@ def _result(state: State, machine: Machine) -> TimingResult:
 
 def _trace(state: State) -> Trace:
     rows = state.trace[: state.used[TRACE]]
-    columns = np.ascontiguousarray(rows[:, :SLICE].T)
+    device, unit, start, end, pc = np.ascontiguousarray(rows[:, :SLICE].T)
     if rows.shape[1] == SLICE:
-        return Trace(*columns)
-    return Trace(*columns, rows[:, SLICE : SLICE + len(Cause)], rows[:, SLICE + len(Cause) :])
+        return Trace(device, unit, start, end, pc)
+    counters = SLICE + len(Cause)
+    return Trace(device, unit, start, end, pc, rows[:, SLICE:counters], rows[:, counters:])

@@ -74,7 +74,7 @@ def test_only_declared_packages(folder: str) -> None:
     if folder == "compiler":
         known |= {"gguf"}  # of the extra `models`: missing, it makes one line that says so
     if folder in OUTSIDE:
-        known |= {"cocotb_tools"}  # comes with cocotb
+        known |= {"cocotb_tools", "pyside6"}  # come with cocotb and PySide6-WebEngine
         known |= {path.stem for path in (ROOT / folder).glob("*.py")}
     for path in sources(folder):
         for name in used(path):
