@@ -16,8 +16,8 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, BLACK, GREY = (
 )  # fmt: skip
 WIDTH = 920
 _LEFT, _RIGHT, _BOTTOM, _TOP = 64, 24, 48, 16
-_GLYPH = 6.6
-"""Width of a character at the charts' font size, 12 pixels, generously."""
+_GLYPH = 7.7
+"""Pixels of a digit in the widest of the usual fonts at the charts' size, 12 pixels."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Axis:
             marks = [d * 10.0**n for n in decades for d in digits if self.low <= d * 10.0**n <= self.high * (1 + 1e-9)]
             if len(marks) >= 4:
                 break
-        return marks
+        return marks[:: -(-len(marks) // 9)] if marks else marks
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,11 @@ def _step(rough: float) -> float:
 class Chart:
     """A drawing area with axes around it; marks are added in the axes' units."""
 
-    def __init__(self, x: Axis, y: Axis, height: int, right: int = _RIGHT, left: int = _LEFT, legend: int = 0) -> None:
-        """Draw the axes; `right` and `left` are margins in pixels, `legend` what is kept free above the area."""
+    def __init__(self, x: Axis, y: Axis, height: int, right: int = _RIGHT, left: int = 0, legend: int = 0) -> None:
+        """Draw the axes; `right` and `left` are margins in pixels at least, `legend` what is kept free above."""
         self.x, self.y, self.height = x, y, height
-        self.left, self.top = left, _TOP + legend
+        written = max((len(number(value)) for value in y.marks()), default=0)
+        self.left, self.top = max(_LEFT, left, int(28 + written * _GLYPH)), _TOP + legend
         self.right, self.bottom = WIDTH - right, height - _BOTTOM
         self.parts: list[str] = []
         """Elements of the drawing, in order."""
@@ -134,8 +135,8 @@ class Chart:
             self.text(self.px(value), self.bottom + 18, number(value), anchor="middle")
         self._line(self.left, self.bottom, self.right, self.bottom, "#555555")
         self.text((self.left + self.right) / 2, self.bottom + 38, self.x.label, anchor="middle")
-        middle = (self.top + self.bottom) / 2
-        self.text(14, middle, self.y.label, anchor="middle", turn=True)
+        if self.y.label:
+            self.text(14, (self.top + self.bottom) / 2, self.y.label, anchor="middle", turn=True)
 
     def _line(self, x1: float, y1: float, x2: float, y2: float, colour: str, width: float = 1, dash: str = "") -> None:
         style = f' stroke-dasharray="{dash}"' if dash else ""
@@ -165,11 +166,11 @@ class Chart:
 
     def legend(self, items: Sequence[tuple[str, str, str]]) -> None:
         """Name, colour and dash of each; a block for dash "block"."""
-        x, y = float(self.left), 14.0
+        x, y = float(_LEFT), 14.0
         for name, colour, dash in items:
             width = 34 + len(name) * _GLYPH + 12
-            if x + width > WIDTH and x > self.left:
-                x, y = float(self.left), y + 18
+            if x + width > WIDTH and x > _LEFT:
+                x, y = float(_LEFT), y + 18
             if dash == "block":
                 self.parts.append(f'<rect x="{x + 8:.1f}" y="{y - 9:.1f}" width="16" height="11" fill="{colour}"/>')
             else:

@@ -277,7 +277,7 @@ def _causes(study: Study) -> str:
 
 def _layers(study: Study) -> str:
     scale = 1 / study.simulation["clock_mhz"]
-    named = ["after" if item["layer"] is None else str(item["layer"]) for item in study.layers]
+    named = ["rest" if item["layer"] is None else str(item["layer"]) for item in study.layers]
     made = zip(named, study.layers, strict=True)
     parts, bars = _used([Bar(name, _by_part(item["causes"], scale)) for name, item in made])
     y = Axis("microseconds", 0, max(sum(bar.amounts) for bar in bars) * 1.05)
@@ -286,7 +286,10 @@ def _layers(study: Study) -> str:
         "layers",
         "Time by layer",
         charts.columns("layer", y, parts, bars, "microseconds"),
-        _paragraph('The same cycles by layer, in the order of the token; "after" has what follows the last layer.'),
+        _paragraph(
+            'The same cycles by layer, in the order of the token; "rest" has the products outside of loops over '
+            "layers. Where layers of several kinds take turns, a bar is a turn."
+        ),
         _cause_table("layer", rows),
     )
 

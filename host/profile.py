@@ -24,6 +24,8 @@ from typebar.sim.timing import Trace
 Ints = NDArray[np.int64]
 SCORES, VALUES, HEAD, LINEAR = "attention scores", "attention values", "LM head", "linear"
 _LAYER_LABEL = "layer"
+_CACHED, _WEIGHTS = ("attention", "attend"), ("matrix", "logits")
+"""First words of the comments on products with K and V, and on those with weights."""
 _FETCHED = [COUNTERS.index("weights_fetched_bytes"), COUNTERS.index("kv_fetched_bytes")]
 _USEFUL = [COUNTERS.index("weights_useful_bytes"), COUNTERS.index("kv_useful_bytes")]
 _WRITTEN, _RING, _MACS = (COUNTERS.index(name) for name in ("kv_written_bytes", "ring_bytes", "macs"))
@@ -31,7 +33,10 @@ _WRITTEN, _RING, _MACS = (COUNTERS.index(name) for name in ("kv_written_bytes", 
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product of the model: `role` names its weights, `kind` is one of the four above, `node` the comment."""
+    """A matrix product of the model: `role` names its weights, `kind` is one of the four above.
+
+    `node` is the program's comment on it, the first one's if several products have one role.
+    """
 
     role: str
     kind: str
@@ -60,7 +65,10 @@ class Share:
 
 @dataclass(frozen=True)
 class Layer:
-    """A pass through a layer's loop: its number, counted over all loops, or None for what lies outside of them."""
+    """A turn of a loop over layers: its number, counted over all loops, or None for what lies outside of them.
+
+    A turn is a layer, or one of each kind where layers of several kinds take turns.
+    """
 
     number: int | None
     share: Share
@@ -87,27 +95,29 @@ class Timeline:
 def products(program: Program) -> dict[int, Product]:
     """The product of every matrix instruction, by its index; roles come from the compiler's comments."""
     notes = sorted(program.comments)
+    known: dict[tuple[str, str], Product] = {}
     found = {}
     for pc, op in enumerate(program.ops):
         if op.kind.unit is not Unit.MATRIX:
             continue
-        place = bisect_right(notes, pc)
-        node = program.comments[notes[place - 1]] if place else ""
-        if op.get("region") == Region.KV:
+        cached = op.get("region") == Region.KV
+        before = [program.comments[place] for place in reversed(notes[: bisect_right(notes, pc)])]
+        node = next((note for note in before if note.split(" ")[0] in (_CACHED if cached else _WEIGHTS)), "")
+        if cached:
             kind = SCORES if op.get("full") else VALUES
-            role = kind + (", source" if node.startswith("attend") else "")
+            role = kind + (", source text" if node.startswith("attend") else "")
         elif node == "logits":
             role = kind = HEAD
         else:
             role, kind = _role(node) or f"instruction {pc}", LINEAR
-        found[pc] = Product(role, kind, node)
+        found[pc] = known.setdefault((role, kind), Product(role, kind, node))
     return found
 
 
 def _role(note: str) -> str:
     """`matrix a.{}.b.weight a.{}.c.weight (node)` as `b + c`: what tells weights of one layer apart."""
-    words = [word for word in note.partition(" (")[0].split()[1:] if word]
-    ends = [word.rpartition("{}.")[2].removesuffix(".weight") for word in words]
+    words = note.partition(" (")[0].split()[1:]
+    ends = [word.rpartition("}.")[2].removesuffix(".weight") for word in words]
     head = ends[0].rpartition(".")[0] + "." if ends else ""
     return " + ".join([*ends[:1], *(end.removeprefix(head) for end in ends[1:])])
 
@@ -137,14 +147,15 @@ class Profile:
         return rows[mine], causes[mine], counters[mine]
 
     def by_product(self, number: int) -> dict[Product, Share]:
-        """Matrix products of a pass, in the program's order, summed over layers; pass 0 is everything up to a token."""
+        """Matrix products of a pass, in their order, summed over layers; pass 0 is everything up to the first token."""
         rows, causes, counters = self._of_pass(Unit.MATRIX, number)
-        shares: dict[Product, Share] = {product: Share() for product in self._products.values()}
-        pcs = self._trace.pc[rows]
-        for pc in np.unique(pcs):
-            here = pcs == pc
-            _add(shares[self._products[int(pc)]], self._trace, rows[here], causes[here], counters[here])
-        return {product: share for product, share in shares.items() if share.causes}
+        shares: dict[Product, Share] = {}
+        pcs, first = np.unique(self._trace.pc[rows], return_index=True)
+        for pc in pcs[np.argsort(first)]:
+            here = self._trace.pc[rows] == pc
+            share = shares.setdefault(self._products[int(pc)], Share())
+            _add(share, self._trace, rows[here], causes[here], counters[here])
+        return shares
 
     def by_layer(self, number: int) -> list[Layer]:
         """The layers of a pass, in order, and what lies outside of their loops."""

@@ -8,6 +8,7 @@ Definitions, beside those of `typebar.host.report`:
 - declared_ms is bytes_ms over the share of HBM's cycles that the machine gives to fetches.
 - kv_ms is what the products with K and V take of the matrix unit's time, waits included; kv_limit_ms the larger of
   their bytes over the peak bandwidth and their multiply-accumulates over the peak.
+- a layer with a window reads no more positions than that, and the limits of a point count no more.
 - a product's operations (two a multiply-accumulate) a second are over all cycles charged to it, waits included; its
   operations per byte are over the bytes that it reads from HBM.
 - prefill is profiled over the last 64 tokens of the prompt at most; with an encoder, over the source text and a token.
@@ -262,13 +263,14 @@ def _point(case: _Case, subject: Subject, context: int) -> Point:
     seconds = 1 / (machine.clock_mhz * 1e6)
     peak_macs = machine.matrix.lanes * machine.matrix.columns * machine.matrix.rows
     kv = [share for product, share in shares.items() if product.kind in (SCORES, VALUES)]
-    kv_bytes = subject.accounting["kv_bytes_per_position"] * context
+    kv_macs, unseen = _attention(case.model, context, case.source_tokens)
+    unseen_bytes = subject.accounting["kv_bytes_per_position"] * context * unseen
+    kv_bytes = subject.accounting["kv_bytes_per_position"] * context - unseen_bytes
     kv_bytes += subject.account("cross_kv_bytes_per_position") * case.source_tokens
     bandwidth = subject.devices * machine.hbm_bytes_per_second
-    kv_macs = _attention_macs(case.model, context, case.source_tokens)
     to_ms = seconds * 1e3 / peak_macs / subject.devices
     compute_ms = (subject.account("macs_per_token") + kv_macs) * to_ms
-    bytes_ms = float(decode["limit_ms_per_token"])
+    bytes_ms = float(decode["limit_ms_per_token"]) - unseen_bytes / bandwidth * 1e3
     return Point(
         devices=subject.devices,
         context=context,
@@ -283,9 +285,12 @@ def _point(case: _Case, subject: Subject, context: int) -> Point:
     )
 
 
-def _attention_macs(model: FrontendModel, context: int, source_tokens: int) -> int:
-    """Multiply-accumulates of a pass with K and V: every query head against its positions, scores and values."""
-    total = 0
+def _attention(model: FrontendModel, context: int, source_tokens: int) -> tuple[int, float]:
+    """What a pass does with K and V: multiply-accumulates, and the part of all stored K and V beyond windows.
+
+    Every query head meets its positions twice, for scores and for values.
+    """
+    macs, stored, read = 0, 0, 0
     for op in model.module.walk():
         if not isinstance(op, ir.AttentionOp | ir.CrossAttentionOp):
             continue
@@ -293,10 +298,15 @@ def _attention_macs(model: FrontendModel, context: int, source_tokens: int) -> i
         while parent is not None and not isinstance(parent, ir.EncoderOp):
             layers *= parent.count.value.data if isinstance(parent, ir.RepeatOp) else 1
             parent = parent.parent_op()
-        if parent is None:
-            words = int(op.heads.value.data) * int(op.head_dim.value.data) + ir.width(op.out)
-            total += layers * words * (context if isinstance(op, ir.AttentionOp) else source_tokens)
-    return total
+        if parent is not None:
+            continue
+        positions = source_tokens
+        if isinstance(op, ir.AttentionOp):
+            positions = context if op.window is None else min(context, int(op.window.value.data))
+            cached = layers * (ir.width(op.k) + ir.width(op.v))
+            stored, read = stored + cached * context, read + cached * positions
+        macs += layers * (int(op.heads.value.data) * int(op.head_dim.value.data) + ir.width(op.out)) * positions
+    return macs, 1 - read / stored if stored else 0.0
 
 
 def _declared(machine: Machine) -> float:
