@@ -15,11 +15,12 @@ from typebar.compiler import ir
 from typebar.compiler.emit import ENTRIES, emit
 from typebar.compiler.frontend import FrontendModel
 from typebar.compiler.memory import MemoryPlan, plan_memory
-from typebar.compiler.packing import Packer
+from typebar.compiler.packing import Packer, stored_format
 from typebar.compiler.passes.allocate import AllocatePass, AllocationError
 from typebar.compiler.passes.fuse import FusePass
 from typebar.compiler.passes.partition import PartitionPass
 from typebar.compiler.passes.phases import PhasesPass
+from typebar.compiler.quantisation import quantise
 from typebar.isa.errors import TypebarError
 from typebar.isa.image_manifest import Manifest
 from typebar.isa.image_writer import write_image
@@ -30,7 +31,10 @@ from typebar.isa.program import Program, encode
 
 @dataclass(frozen=True)
 class Compiled:
-    """A program with everything it needs but the weights themselves; `graph` is the step it was made from, as text."""
+    """A program with everything it needs but the weights themselves; `graph` is the step it was made from, as text.
+
+    `model` is the one compiled: with `format` int8, that whose products have int8 weights.
+    """
 
     program: Program
     memory: MemoryPlan
@@ -47,8 +51,8 @@ def weights_format(name: str) -> Format:
     Raises:
         TypebarError: it is not a format that weights can have.
     """
-    if name not in ("fp16", "bf16"):
-        raise TypebarError(f"weights cannot be {name!r}: choose fp16 or bf16")
+    if name not in ("fp16", "bf16", "int8"):
+        raise TypebarError(f"weights cannot be {name!r}: choose fp16, bf16 or int8")
     return Format[name.upper()]
 
 
@@ -83,10 +87,15 @@ def check_devices(devices: int) -> None:
 def build(model: FrontendModel, machine: Machine, devices: int, fmt: Format) -> Compiled:
     """Compile a model's step for a ring of `devices` machines, without touching its weights.
 
+    With int8 the products' weights are quantised when they are packed; tables, K and V are fp16.
+
     Raises:
         TypebarError: the device count is out of range, or the model does not fit or cannot be lowered.
     """
     check_devices(devices)
+    stored = stored_format(fmt)
+    if fmt is Format.INT8:
+        model = quantise(model).model
     context = dev.context()
     for hoist in (True, False):
         module = model.module.clone()
@@ -99,8 +108,8 @@ def build(model: FrontendModel, machine: Machine, devices: int, fmt: Format) -> 
                 raise
             continue
         break
-    memory = plan_memory(module, machine, model.weights, fmt)
-    program = emit(module, machine, memory, fmt)
+    memory = plan_memory(module, machine, model.weights, stored)
+    program = emit(module, machine, memory, stored)
     return Compiled(program, memory, model, machine, devices, fmt, str(model.module))
 
 

@@ -232,10 +232,17 @@ def _linear(op: ir.LinearOp, weights: Weights) -> Function:
     outputs, inputs = ir.width(op.out), ir.width(op.x)
     transposed = op.layout.data == "in_out"
     shape = (inputs, outputs) if transposed else (outputs, inputs)
-    stored = weights.load(op.weight, shape) if op.scale is None else weights.load_scaled(op, shape, int(transposed))
+    apart = op.scale is not None and weights.dtype != torch.float16  # which cannot hold sums of integers
+    plain = op.scale is None or apart
+    stored = weights.load(op.weight, shape) if plain else weights.load_scaled(op, shape, int(transposed))
     bias = weights.load_optional(op.bias, (outputs,))
     weight = stored.t() if transposed else stored
-    return lambda x: functional.linear(x, weight, bias)
+    if not apart:
+        return lambda x: functional.linear(x, weight, bias)
+    scale = weights.load_optional(op.scale, (outputs,))
+    if bias is None:
+        return lambda x: functional.linear(x, weight) * scale
+    return lambda x: functional.linear(x, weight) * scale + bias
 
 
 def _norm(op: ir.LayerNormOp | ir.RmsNormOp, weights: Weights) -> Function:

@@ -30,15 +30,31 @@ class WeightError(TypebarError):
     """Weights that a machine cannot hold as they are; the message names the parameter and the way out."""
 
 
+def stored_format(weights: Format) -> Format:
+    """The format of what is no product's weight, tables, K and V, in an image whose weights are in `weights`."""
+    return Format.FP16 if weights is Format.INT8 else weights
+
+
+def checked(values: F32, name: str, masks: bool = False) -> F32:
+    """The values of a parameter; only `masks` may hold minus infinity.
+
+    Raises:
+        WeightError: it holds NaN or infinity.
+    """
+    if np.isnan(values).any() or (np.isinf(values) & ~(masks & (values < 0))).any():
+        raise WeightError(f"parameter {name!r} holds NaN or infinity: mend the checkpoint")
+    return values
+
+
 class Packer:
     """Makes each planned tensor's bytes; keeps only the last few sources in memory."""
 
     _KEPT = 4
 
     def __init__(self, machine: Machine, fmt: Format, lookup: Lookup) -> None:
-        """Pack for a machine, in a format, from parameters that `lookup` loads by name."""
-        self.machine, self.format, self._lookup = machine, fmt, lookup
-        self._kept: dict[str, F32] = {}
+        """Pack for a machine, with weights in a format, from parameters that `lookup` loads by name."""
+        self.machine, self.format, self._lookup = machine, stored_format(fmt), lookup
+        self._kept: dict[str, F32 | NDArray[np.int8]] = {}
 
     def payload(self, plan: TensorPlan) -> NDArray[np.uint8]:
         """The bytes of one tensor.
@@ -59,16 +75,23 @@ class Packer:
 
     def _source(self, name: str, masks: bool = False) -> F32:
         """Values by name; only `masks` may hold minus infinity."""
+        return np.asarray(self._stored(name, masks), np.float32)
+
+    def _stored(self, name: str, masks: bool = False) -> F32 | NDArray[np.int8]:
+        """The same; int8 values stay so."""
         if name not in self._kept:
-            values = np.asarray(self._lookup(name), np.float32)
-            if np.isnan(values).any() or (np.isinf(values) & ~(masks & (values < 0))).any():
-                raise WeightError(f"parameter {name!r} holds NaN or infinity: mend the checkpoint")
+            values = np.asarray(self._lookup(name))
+            if values.dtype != np.int8:
+                values = checked(np.asarray(values, np.float32), name, masks)
             while len(self._kept) >= self._KEPT:
                 self._kept.pop(next(iter(self._kept)))
             self._kept[name] = values
         return self._kept[name]
 
-    def _encoded(self, values: F32, name: str, fmt: Format) -> NDArray[Any]:
+    def _encoded(self, values: F32 | NDArray[np.int8], name: str, fmt: Format) -> NDArray[Any]:
+        if fmt is Format.INT8 and values.dtype == np.int8:
+            return values
+        values = np.asarray(values, np.float32)
         raw, flags = encode(values, fmt)
         if fmt is Format.INT8 and not np.array_equal(decode(raw, fmt), values):
             raise WeightError(
@@ -87,7 +110,7 @@ class Packer:
         local = np.zeros((meta["k"], meta["words"]), np.dtype(f"u{element}"))
         rows = _row_places(meta)
         for segment, words, columns in _held(meta, _rank(plan)):
-            source = self._source(segment.weight)
+            source = self._stored(segment.weight)
             part = source[:, columns] if segment.layout == "in_out" else source[columns].T
             local[_cells(rows, words)] = self._encoded(part, segment.weight, fmt).view(local.dtype)
         return pack(local, self.machine, element)
@@ -169,7 +192,7 @@ def unpack_weights(image: Image) -> Lookup:
 
     The look-up raises TypebarError for a name that the image does not hold.
     """
-    fmt = Format[image.manifest.weights_format.upper()]
+    fmt = stored_format(Format[image.manifest.weights_format.upper()])
     holders: dict[str, list[Any]] = {}
     for record in image.manifest.tensors:
         for name in _names(record.meta):

@@ -21,6 +21,7 @@ from typebar.compiler.passes.fuse import FusePass
 from typebar.compiler.passes.make_incremental import MakeIncremental, make_incremental
 from typebar.compiler.passes.partition import PartitionPass
 from typebar.compiler.passes.phases import PhasesPass
+from typebar.compiler.passes.quantise import QuantisePass
 from typebar.compiler.passes.recognise import Recognise, recognise
 from typebar.compiler.passes.reroll import Reroll
 from typebar.compiler.passes.tensors import Tensors
@@ -30,9 +31,9 @@ from typebar.isa.errors import TypebarError
 
 _FRONT = (Canonicalise, Recognise, ClassifyMasks, MakeIncremental, Reroll)
 _BACK = (PartitionPass, FusePass, PhasesPass, AllocatePass)
-PASSES: dict[str, type[ModulePass]] = {made.name: made for made in (*_FRONT, *_BACK)}
+PASSES: dict[str, type[ModulePass]] = {made.name: made for made in (*_FRONT, QuantisePass, *_BACK)}
 """Every pass by its name, in the order in which they lead from a graph to a re-rolled step and on to an allocated
-program; those of the second half take options, such as `partition{devices=4}`."""
+program; `quantise` is for int8 weights, and those of the second half take options, such as `partition{devices=4}`."""
 
 
 def parse(text: str) -> ModuleOp:

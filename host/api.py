@@ -65,7 +65,8 @@ def compile(
         out: the image to create or replace; not one of the model's own files.
         machine: a shipped machine's name, a .toml file, or a machine.
         devices: devices on the ring, 1 to 64.
-        weights: format of weights and caches in memory, fp16 or bf16.
+        weights: format of weights and caches in memory, fp16 or bf16; or int8, with a float32 scale for each column of
+            a matrix, and embeddings and caches in fp16.
         progress: called with bytes written and in total.
         config: what the model does not say: context, source_context, eos_token_id (one, several, or -1 for none),
             decoder_start_token_id, name.

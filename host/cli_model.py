@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
 
 class WeightFormat(StrEnum):
-    """Formats that weights and caches are stored in."""
+    """Formats that weights are stored in; caches too, but with int8 they are fp16."""
 
     FP16 = "fp16"
     BF16 = "bf16"
+    INT8 = "int8"
 
 
 class DeviceChoice(StrEnum):
@@ -69,7 +70,9 @@ FACT_OPTIONS = {
     "decoder_start_token_id": "--decoder-start",
 }
 _LENGTH_OPTIONS = {"prompt_tokens": "--prompt-tokens", "new_tokens": "--new-tokens", "settings": "--set"}
-Weights = Annotated[WeightFormat, typer.Option("--weights", help="Format of weights and caches.")]
+Weights = Annotated[
+    WeightFormat, typer.Option("--weights", help="Format of weights and caches; with int8, caches are fp16.")
+]
 ContextOption = Annotated[
     int | None,
     typer.Option(

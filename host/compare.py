@@ -105,18 +105,20 @@ def compare(
         image: the image.
         prompt: text; or give `input_ids` [T].
         against: a model whose weights torch takes, as in `compile`; None for the image's own, which leaves out errors
-            that the image's weights have.
+            that the image's weights have. With int8 weights the errors then are what quantising them costs.
         new_tokens: for a model with an encoder, the tokens of torch float32's answer that its decoder is given.
 
     Raises:
         TypebarError: no prompt or two, too long a one, or a model that is not the image's.
     """
     with Image.open(os.fspath(image)) as opened:
-        lookup = unpack_weights(opened) if against is None else _source_lookup(against)
+        lookup = packed = unpack_weights(opened)
+        if against is not None:
+            lookup, packed = _source_lookups(against, opened.manifest.weights_format)
         points = find_points(opened)
         fed = _feed(opened, points, lookup, prompt, input_ids, new_tokens)
         exact = interpret(points, fed, lookup, torch.float64)
-        explained = _explained(opened, points, fed, lookup)
+        explained = _explained(opened, points, fed, packed)
         single, half = (interpret(points, fed, lookup, kind) for kind in (torch.float32, torch.float16))
         found = simulate_points(opened, points, fed)
     runs = (found, explained, single, half)
@@ -151,17 +153,31 @@ def _feed(
     return Fed(tokens, source)
 
 
-def _source_lookup(model: str | os.PathLike[str]) -> Lookup:
-    """The weights of a model as the frontend names them, those that its passes derive among them."""
+def _source_lookups(model: str | os.PathLike[str], weights: str) -> tuple[Lookup, Lookup]:
+    """The weights of a model as an image in the format `weights` names them: as they are, and as it quantises them."""
     from typebar.compiler.frontend import load_model
+    from typebar.compiler.quantisation import quantise
     from typebar.host.api import model_source
 
     source, config = model_source(model, None)
-    return load_model(source, config).lookup
+    loaded = load_model(source, config)
+    if weights != "int8":
+        return loaded.lookup, loaded.lookup
+    made = quantise(loaded)
+
+    def exact(name: str) -> NDArray[np.float32]:
+        if name in made.scales:
+            return np.ones(made.model.weights.shape(name), np.float32)
+        return loaded.lookup(made.origins.get(name, name))
+
+    return exact, made.model.lookup
 
 
 def _explained(image: Image, points: Points, fed: Fed, lookup: Lookup) -> Values:
-    """The values in float64 with what the image's formats round: factors of products, and tables in memory."""
+    """The values in float64 with what the image's formats round: factors of products, and tables in memory.
+
+    `lookup` gives int8 weights as integers and scales, so what quantising them costs is explained, too.
+    """
     bits = _STORED_BITS.get(image.manifest.weights_format, OPERAND_BITS)
     tables = {
         name.split("{")[0]

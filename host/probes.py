@@ -18,6 +18,7 @@ from xdsl.ir import Operation
 
 from typebar.compiler import ir
 from typebar.compiler.interpreter import StepInterpreter
+from typebar.compiler.passes.quantise import origin
 from typebar.compiler.pipeline import parse
 from typebar.compiler.problems import node_name
 from typebar.host.driver import DeviceEngine
@@ -111,7 +112,7 @@ def _weight_before(op: Operation) -> str:
     while before is not None:
         weight = before.properties.get("weight")
         if isinstance(before, ir.LinearOp | ir.EmbeddingOp) and isinstance(weight, SymbolRefAttr):
-            return ir.text(weight).removesuffix(".weight")
+            return origin(ir.text(weight)).removesuffix(".weight")
         before = before.prev_op
     return ""
 

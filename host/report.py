@@ -126,7 +126,7 @@ def simulate(
         machine: where to run it; an image's own by default, `u280` for the others. For an image, one that differs from
             its own only in timing will do.
         devices: devices on the ring; an image's own number, 4 for the others.
-        weights: fp16 or bf16; an image's own format, fp16 for the others.
+        weights: fp16, bf16 or int8; an image's own format, fp16 for the others.
         settings: machine parameters to override, such as {"hbm.latency": 80}.
         prompt_tokens: tokens of the prompt; with an encoder, of the source text.
         new_tokens: tokens to generate; none of them ends the text.
