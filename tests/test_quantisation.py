@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from step_models import StepWriter
 from test_backend_families import SOURCES, check, fused_by_head, transformer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import typebar
+from typebar.compiler import device_ir as dev
 from typebar.compiler import ir, quantisation
-from typebar.compiler.driver import build, write
+from typebar.compiler.driver import back_passes, build, write
 from typebar.compiler.evaluate import evaluate_step
 from typebar.compiler.frontend import DerivedSource, FrontendModel, ModuleSource, load_model
 from typebar.compiler.packing import unpack_weights
@@ -169,6 +171,23 @@ def test_an_encoder_is_quantised_too(tmp_path: Path) -> None:
     exact = evaluate_step(made.module, made.weights, tokens, torch.float64, source).numpy()
     plain = evaluate_step(model.module, model.weights, tokens, torch.float64, source).numpy()
     assert np.abs(rows[0] - exact).max() < 0.3 * np.abs(rows[0] - plain).max()
+
+
+def test_scales_take_no_segment_from_what_is_computed() -> None:
+    """On `u280`, whose 16 segments are enough for a GPT-2 layer without scales, one head never waits for another."""
+    machine = Machine.load("u280")
+    torch.manual_seed(1)
+    config = GPT2Config(n_embd=64, n_head=8, n_layer=2, vocab_size=97, n_positions=64)
+    module = quantise(load_model(GPT2LMHeadModel(config))).model.module
+    for step in back_passes(machine, 2):
+        step.apply(dev.context(), module)
+    program = next(op for op in module.body.block.ops if isinstance(op, dev.ProgramOp))
+    assert program.step is not None and program.step.value.data == machine.segment_words
+    (loop,) = (op for op in program.body.block.ops if isinstance(op, ir.RepeatOp))
+    for product in (op for op in loop.body.block.ops if isinstance(op, dev.MatrixOp)):
+        assert product.scale is not None and product.bias is not None
+        loaded = [value.owner for value in (product.scale, product.bias)]
+        assert len({op.address // machine.segment_words for op in loaded if isinstance(op, dev.BiasOp)}) == 1
 
 
 # Through the host -----------------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
 """allocate: give every value, and every operation's scratch space, a place in the register file by liveness.
 
 Places start at a hazard segment where everything fits that way, so that unrelated values never wait for one
-another, and else at the register alignment. A loop's yielded value takes its argument's place where the argument is
+another. Where segments are too few, what is loaded for one operation shares them, then all that is loaded, and at last
+places start at the register alignment. A loop's yielded value takes its argument's place where the argument is
 dead by then, so the loop needs no copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from xdsl.context import Context
@@ -20,6 +21,9 @@ from typebar.compiler import ir
 from typebar.compiler.device_source import PhaseOp, SourceOp
 from typebar.compiler.scratch import Limits, scratch_of
 from typebar.isa.errors import TypebarError
+
+_LOADS = dev.ParamOp | dev.BiasOp
+_Groups = list[list["_Slot"]]
 
 
 class AllocationError(TypebarError):
@@ -52,12 +56,12 @@ class AllocatePass(ModulePass):
         head = program.body.block.last_op
         lowest = 0
         for chunk in _chunks(head.words, self.column_block) if isinstance(head, dev.HeadOp) else (0,):
-            for step in (self.segment, align):
+            for step, groups in (*((self.segment, made) for made in _WAYS), (align, _apart)):
                 limits = Limits(
                     self.words, align, step, self.attention_block, self.column_block, context, devices, self.vectors
                 )
                 slots = _collect(program, limits, chunk)
-                lowest = _place(slots, step)
+                lowest = _place(groups(slots), step)
                 if lowest <= self.words:
                     _record(slots)
                     if isinstance(head, dev.HeadOp):
@@ -179,20 +183,53 @@ def _loop_slots(
             slots[end] = shared
 
 
-def _place(slots: list[_Slot], step: int) -> int:
-    """First fit, largest first, every slot at a multiple of `step`; the words used in all."""
-    placed: list[_Slot] = []
+def _apart(slots: list[_Slot]) -> _Groups:
+    """Every slot in hazard segments of its own."""
+    return [[item] for item in slots]
+
+
+def _by_user(slots: list[_Slot]) -> _Groups:
+    """What is loaded for one operation, such as scales and biases of a product, together: it frees them at once."""
+    return _grouped(slots, lambda value: next(iter(value.uses)).operation)
+
+
+def _together(slots: list[_Slot]) -> _Groups:
+    """All that is loaded together, so that what is computed keeps segments of its own."""
+    return _grouped(slots, lambda value: None)
+
+
+def _grouped(slots: list[_Slot], key: Callable[[SSAValue], Hashable]) -> _Groups:
+    groups: dict[Hashable, list[_Slot]] = {}
+    for item in slots:
+        loaded = bool(item.values) and all(isinstance(value.owner, _LOADS) and value.uses for value in item.values)
+        groups.setdefault(key(item.values[0]) if loaded else (id(item),), []).append(item)
+    return list(groups.values())
+
+
+_WAYS = (_apart, _by_user, _together)
+
+
+def _place(groups: _Groups, step: int) -> int:
+    """First fit, largest first, every group at a multiple of `step`, its slots in a row; the words used in all."""
+    placed: list[tuple[_Slot, ...]] = []
     used = 0
-    for item in sorted(slots, key=lambda s: -s.words):
-        item.at = 0
-        rivals = sorted((p for p in placed if p.start <= item.end and item.start <= p.end), key=lambda s: s.at)
-        for rival in rivals:
-            if item.at + item.words <= rival.at:
+    for group in sorted(groups, key=lambda g: -_words(g)):
+        start, end, at = min(s.start for s in group), max(s.end for s in group), 0
+        rivals = [p for p in placed if min(s.start for s in p) <= end and start <= max(s.end for s in p)]
+        for rival in sorted(rivals, key=lambda g: g[0].at):
+            if at + _words(group) <= rival[0].at:
                 break
-            item.at = max(item.at, -(-(rival.at + rival.words) // step) * step)
-        placed.append(item)
-        used = max(used, item.at + item.words)
+            at = max(at, -(-(rival[0].at + _words(rival)) // step) * step)
+        for item in group:
+            item.at = at
+            at += item.words
+        placed.append(tuple(group))
+        used = max(used, at)
     return used
+
+
+def _words(group: Sequence[_Slot]) -> int:
+    return sum(item.words for item in group)
 
 
 def _record(slots: list[_Slot]) -> None:
