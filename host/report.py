@@ -27,6 +27,7 @@ With an encoder the prompt is the source text: P counts its tokens, and decoding
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import time
@@ -267,7 +268,7 @@ def model_of(source: str | os.PathLike[str]) -> FrontendModel:
     places = {model.name: model.path for model in shipped()}
     if not Path(name).exists() and name not in SHAPES and name not in places:
         raise TypebarError(no_model(name, [*SHAPES, *places], image=True))
-    return load_model(places.get(name, source) if name not in SHAPES else name)
+    return load_model(places.get(name, source)) if name not in SHAPES else _shape(name)
 
 
 def compiled_subject(model: FrontendModel, machine: Machine, devices: int, fmt: Format) -> Subject:
@@ -283,6 +284,14 @@ def compiled_subject(model: FrontendModel, machine: Machine, devices: int, fmt: 
     main = made.program.labels["main"]
     entry, source = made.program.labels.get("encode", main), driver.source_context(made.model)
     return Subject(made.program, machine, devices, context, entry, main, memory.io, memory.accounting, source)
+
+
+@functools.lru_cache(maxsize=2)
+def _shape(name: str) -> FrontendModel:
+    """A shape's step, kept for the next machine: `build` leaves it as it is."""
+    from typebar.compiler.frontend import load_model
+
+    return load_model(name)
 
 
 def _check_lengths(prompt: int, new: int, start: int, subject: Subject) -> None:
