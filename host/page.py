@@ -31,7 +31,7 @@ svg { display: block; width: 100%; height: auto; margin: 8px 0; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; margin: 6px 0 12px; }
 th, td { padding: 3px 10px 3px 0; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top; }
 th { font-weight: 600; } td.n, th.n { text-align: right; } details { margin: 6px 0; overflow-x: auto; }
-summary { cursor: pointer; color: #0072B2; } code { font-size: 12px; overflow-wrap: anywhere; }
+summary { cursor: pointer; color: #0072B2; } code { font-size: 11px; overflow-wrap: anywhere; }
 .facts td:first-child { color: #555; padding-right: 24px; } .note { color: #555; font-size: 13px; }
 @media print { body { margin: 0; max-width: none; } section { break-inside: avoid; } }
 """
@@ -395,7 +395,7 @@ def _contexts(study: Study) -> str:
 
 def _commands(study: Study) -> str:
     rows: list[tuple[Cell, ...]] = [
-        ("this page, and its figures with --json", study.command),
+        ("this page", study.command),
         ("the generation", study.simulate_command),
     ]
     rows += [(f"{p.devices} devices, context {p.context}", p.command) for p in study.devices if p.command]
@@ -404,6 +404,9 @@ def _commands(study: Study) -> str:
     return _section(
         "commands",
         "Commands",
-        _paragraph("Each prints its figures again; simulations are exact, so they are the same to the last digit."),
+        _paragraph(
+            "Each prints its figures again, the first one with --json; simulations are exact, so they are the same to "
+            "the last digit."
+        ),
         f"<table><tbody>\n{lines}\n</tbody></table>",
     )

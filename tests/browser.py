@@ -40,7 +40,10 @@ def open_page(page: Path, probe: str, shot: Path | None = None) -> dict[str, Any
     }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     if done.returncode:
-        raise NoBrowser(f"Qt WebEngine failed with status {done.returncode}: {done.stderr[-2000:]}")
+        raise NoBrowser(
+            f"Qt WebEngine failed with status {done.returncode}; CONTRIBUTING.md lists the libraries that it needs: "
+            f"{done.stderr[-2000:]}"
+        )
     found: dict[str, Any] = json.loads(done.stdout)
     found["result"] = json.loads(found["result"])
     return found

@@ -388,6 +388,23 @@ REQUESTS: dict[str, Case] = {
     "unknown shape": (lambda w: ["simulate", "--shape", "gpt9"], "gpt9"),
     "image and shape": (lambda w: simulating(w, "--shape", "gpt2"), "exactly one"),
     "neither image nor shape": (lambda w: ["simulate"], "exactly one"),
+    "report of nothing": (lambda w: ["report"], "exactly one"),
+    "report of two": (lambda w: ["report", str(w.image), "--shape", "gpt2"], "exactly one"),
+    "report of no shape": (lambda w: ["report", "--shape", "gpt9", "-o", str(w.folder / "x.html")], "gpt9"),
+    "report of no file": (lambda w: ["report", "none.safetensors", "-o", str(w.folder / "x.html")], "none.safetensors"),
+    "report of one token": (
+        lambda w: ["report", str(w.image), "--new-tokens", "1", "-o", str(w.folder / "x.html")],
+        "ask for at least 2",
+    ),
+    "report beyond the context": (
+        lambda w: ["report", str(w.image), "--prompt-tokens", "9999", "-o", str(w.folder / "x.html")],
+        "exceed the context",
+    ),
+    "report over its image": (lambda w: ["report", str(w.image), "-o", str(w.image)], "is the image itself"),
+    "report into a missing folder": (
+        lambda w: ["report", str(w.image), "-o", str(w.folder / "none" / "x.html")],
+        "No such folder",
+    ),
     "simulation beyond the context": (lambda w: simulating(w, "--new-tokens", "63"), "context of 64"),
     "simulation of no tokens": (
         lambda w: simulating(w, "--prompt-tokens", "0"),
@@ -495,12 +512,13 @@ def small_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("command", ["compile", "simulate", "asm"])
+@pytest.mark.parametrize("command", ["compile", "simulate", "report", "asm"])
 def test_full_disk(command: str, work: Work, small_files: None, capsys: pytest.CaptureFixture[str]) -> None:
     out = work.folder / "out"
     arguments = {
         "compile": ["compile", str(work.checkpoint), "-o", str(out)],
         "simulate": simulating(work, "--trace", str(out)),
+        "report": ["report", str(work.image), "--prompt-tokens", "2", "--new-tokens", "2", "-o", str(out)],
         "asm": ["asm", work.file("long.s", "halt\n" * 1000), "-o", str(out)],
     }[command]
     out.write_text("the older file")
