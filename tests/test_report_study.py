@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from families import FAMILIES, random_model
 
 import typebar
 from typebar.host.cli import main
+from typebar.host.page import page
 from typebar.host.profile import HEAD, LINEAR, SCORES, VALUES, layer_numbers, products
 from typebar.host.report import Subject, compiled_subject, measure, subject_of
 from typebar.host.study import Study, model_of_image, study
@@ -192,3 +194,28 @@ def test_an_images_model_compiles_to_its_own_program(image: Path, subject: Subje
 def test_one_new_token_is_refused(image: Path) -> None:
     with pytest.raises(TypebarError, match="new_tokens = 1 leaves no token to decode: ask for at least 2"):
         study(image, new_tokens=1)
+
+
+@pytest.mark.parametrize("name", ["T5 v1.0", "GPT-Neo", "Mistral"])
+def test_other_families_have_reports(name: str, tmp_path: Path) -> None:
+    """Cross-attention, layers that take turns, and windows, which bound what a pass reads of K and V."""
+    family = next(item for item in FAMILIES if item.name == name)
+    model = random_model(family)
+    image = typebar.compile(model, tmp_path / "model.safetensors", devices=1)
+    found = study(image, prompt_tokens=6, new_tokens=5)
+    mine = [item for item in found.products if item.phase == "decode"]
+    assert sum(item.cycles for item in mine) == sum(layer["cycles"] for layer in found.layers)
+    assert [layer["layer"] for layer in found.layers] == [0, 1, None]
+    roles = [item.role for item in mine]
+    assert len(set(roles)) == len(roles) and (f"{SCORES}, source text" in roles) == family.encoder
+    (point,) = found.contexts
+    assert point.context == 63 and point.bytes_ms is not None and point.kv_limit_ms is not None
+    config = model.config
+    if name == "Mistral":
+        # Two query heads for each of K and V: their operations take longer than their bytes.
+        macs = config.num_hidden_layers * 2 * config.num_attention_heads * config.head_dim * config.sliding_window
+        assert point.kv_limit_ms == pytest.approx(macs / (1024 * 200e6) * 1e3)
+    if name == "T5 v1.0":  # six source positions, whose K and V the encoder's pass stored
+        words = config.num_decoder_layers * 2 * config.num_heads * config.d_kv
+        assert point.kv_limit_ms == pytest.approx(2 * words * (63 + 6) / 409.6e9 * 1e3)
+    assert "</html>" in page(found)
