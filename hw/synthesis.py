@@ -2,7 +2,8 @@
 
 Each Verilog module is synthesised once, out of context and without flattening, and counts as often as it is
 instantiated. Yosys is no judge of deep or wide memories, so these are taken out before mapping and counted from their
-shapes (`memory_cells`). LUTs are those of the netlist, shift registers among them, before two small ones share a site:
+shapes (`memory_cells`). Nor does it put adders and registers into the DSP slices of UltraScale: `arith.dsp` is counted
+as the slice that it describes. LUTs are those of the netlist, shift registers among them, before two small ones share a site:
 a placed design has fewer.
 """
 
@@ -22,6 +23,7 @@ from typing import Any
 
 from amaranth.lib import wiring
 
+from typebar.hw.arith.dsp import SLICE
 from typebar.hw.replicate import convert
 from typebar.isa.errors import TypebarError
 
@@ -36,6 +38,7 @@ _PRIMITIVES: Mapping[str, Resources] = {
     "SRLC32": {"LUT": 1},
     "FD": {"FF": 1},
     "DSP48": {"DSP": 1},
+    SLICE: {"DSP": 1},
 }
 """By the start of a cell's name. A LUT holds two shift registers of 16 bits (UG574); carry chains come with LUTs."""
 _HALF_BLOCKS = ((36, 512), (18, 1024), (9, 2048), (4, 4096), (2, 8192), (1, 16384))
@@ -69,6 +72,8 @@ _REPLICATED = 8
 """Instances from which on a module without memories or others inside is worth ABC9."""
 _MODULE = re.compile(r"^module (\S+?) ?\(.*?^endmodule", re.MULTILINE | re.DOTALL)
 _MEMORY = re.compile(r"^ *reg (?:\[\d+:0\] )?\S+ +\[\d+:0\];", re.MULTILINE)
+_SLICE = re.compile(rf"^module \\\S*\b{SLICE}_\S* \(.*?^endmodule", re.MULTILINE | re.DOTALL)
+_PORT = re.compile(r"^  (?:module .*|(?:input|output) .*)$", re.MULTILINE)
 _INSTANCE = re.compile(r"^ *(\S+) +\S+ +\(\n", re.MULTILINE)
 
 
@@ -123,7 +128,7 @@ def synthesise(component: wiring.Component) -> list[Module]:
     top = "synthesised"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        text = "".join(convert(component, top).values())
+        text = _SLICE.sub(_black_box, "".join(convert(component, top).values()))
         (folder / "design.v").write_text(text)
         if not _yosys(folder, _script(top, text)):
             _yosys(folder, _script(top, text, abc9=False))
@@ -157,13 +162,20 @@ def _instances(top: str, cells: Mapping[str, Mapping[str, int]]) -> dict[str, in
     return {name: number for name, number in numbers.items() if number}
 
 
+def _black_box(module: re.Match[str]) -> str:
+    """A module without its contents."""
+    header, _, body = module[0].partition(");")
+    ports = "\n".join(_PORT.findall(body))
+    return f"(* blackbox *)\n{header});\n{ports}\nendmodule"
+
+
 def _primitives(cells: Mapping[str, int]) -> Resources:
     """Resources of a module's own cells but its memories."""
     return add(
         {kind: count * number for kind, number in parts.items()}
         for cell, count in cells.items()
         for start, parts in _PRIMITIVES.items()
-        if cell.startswith(start)
+        if cell.rpartition(".")[2].startswith(start)
     )
 
 
@@ -177,7 +189,7 @@ def _yosys(folder: Path, script: str) -> bool:
 
 def _script(top: str, text: str, abc9: bool = True) -> str:
     """The passes for a design; with `abc9`, that maps replicated leaves."""
-    found = {match[1]: match[0] for match in _MODULE.finditer(text)}
+    found = {match[1]: match[0] for match in _MODULE.finditer(text) if not _SLICE.match(match[0])}
     cells = {name: Counter(cell for cell in _INSTANCE.findall(body) if cell in found) for name, body in found.items()}
     numbers = _instances(top, cells)
     leaves: list[str] = []

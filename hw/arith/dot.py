@@ -12,8 +12,10 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from typebar.hw.arith.convert import OPERAND
+from typebar.hw.arith.dsp import multiply_add
 from typebar.hw.arith.float32 import BIAS, leading_zeros, named, round_pack
 from typebar.hw.arith.pipeline import Pipeline
+from typebar.hw.delay import delayed
 from typebar.isa.errors import TypebarError
 from typebar.isa.numerics.dot import ALIGNED_FRACTION_BITS
 
@@ -21,11 +23,28 @@ PRODUCT_BITS = 22
 PRODUCT_FRACTION_BITS = 20
 EXPONENT_BITS = 10
 ALIGNED_BITS = PRODUCT_BITS + ALIGNED_FRACTION_BITS - PRODUCT_FRACTION_BITS
+_FINE_BITS = 3
+_FINE = 1 << _FINE_BITS
+"""Products are shifted by multiples of this in look-up tables, and by the rest in a multiplier."""
+_CHAIN = 3
+"""Slices that add one after the other: as many as have registers enough to wait for one another."""
+_LEVELS = 3
+"""Levels of the tree of adders between two cuts."""
 
 
 def cuts(lanes: int) -> int:
-    """Places where a dot unit of `lanes` lanes may be cut: two levels of a tree lie between two of them."""
-    return 4 + 2 * ((_levels(lanes) + 1) // 2)
+    """Places where a dot unit of `lanes` lanes may be cut."""
+    return _rounds(lanes) + 2 + _CHAIN + _sums(lanes) + 2
+
+
+def _rounds(lanes: int) -> int:
+    """Places in the tree that finds the largest exponent: two levels between two of them."""
+    return (_levels(lanes) + 1) // 2
+
+
+def _sums(lanes: int) -> int:
+    """Places in the tree that adds what the chains give."""
+    return -(-_levels(-(-lanes // _CHAIN)) // _LEVELS)
 
 
 def _levels(lanes: int) -> int:
@@ -42,8 +61,8 @@ class DotProduct(wiring.Component):
     above the exponent, makes the sum of two exponents 10 bits: at least 666 where the product is not zero, at most
     510 where it is, so a zero product never has the largest exponent beside others.
 
-    Magnitudes are truncated before they get their sign. A negative one enters the sum inverted, and the missing one
-    is the carry into an adder of the tree: there is one adder less than lanes, so lane 0 is negated in full.
+    Magnitudes are truncated before they get their sign: a negative one is inverted, which shifting and truncating
+    does not change, and the missing ones are added to the sum.
     """
 
     def __init__(self, lanes: int, latency: int) -> None:
@@ -63,25 +82,24 @@ class DotProduct(wiring.Component):
         m = Module()
         pipe = Pipeline(m, cuts=cuts(self.lanes), latency=self.latency)
         s = SimpleNamespace(**self._lanes(m), nan=self.nan)
-        rounds = (_levels(self.lanes) + 1) // 2
-        tops, factors = list(s.exponents), {"w": s.w, "x": s.x}
+        rounds = _rounds(self.lanes)
+        products = self._products(m, pipe.ahead(rounds + 1), s)
+        tops = list(s.exponents)
         # Their highest bit is for comparing: distances that matter are below 512.
         s.exponents = [exponent[:-1] for exponent in s.exponents]
         for i in range(rounds):
-            if i == rounds - 1:
-                # So late that a multiplier's own registers, two before and two behind, keep it in step.
-                factors = {"products": [w * x for w, x in zip(factors["w"], factors["x"], strict=True)]}
             tops = _reduce(m, _reduce(m, tops, _larger), _larger)
             if i == rounds - 1:
                 tops = [tops[0][:-1]]
-            s = pipe.cut(tops=tops, **factors, exponents=s.exponents, signs=s.signs, nan=s.nan)
-            tops, factors = s.tops, {name: getattr(s, name) for name in factors}
-        distances = [self._distance(m, tops[0], exponent, i) for i, exponent in enumerate(s.exponents)]
-        s = pipe.cut(distances=distances, products=s.products, top=tops[0], signs=s.signs, nan=s.nan)
-        terms, carries = self._align(m, s)
-        s = pipe.cut(terms=terms, carries=carries, top=s.top, nan=s.nan)
-        total = self._add(m, pipe, s)
-        m.d.comb += self.sum.eq(_float32(m, pipe, *total))
+            s = pipe.cut(tops=tops, exponents=s.exponents, signs=s.signs, nan=s.nan)
+            tops = s.tops
+        shifts = [self._distance(m, tops[0], exponent, i) for i, exponent in enumerate(s.exponents)]
+        coarse, fine = [shift[0] for shift in shifts], [shift[1] for shift in shifts]
+        s = pipe.cut(coarse=coarse, fine=fine, top=tops[0], signs=s.signs, nan=s.nan)
+        terms = [self._coarse(m, *item) for item in zip(products, s.coarse, s.signs, strict=True)]
+        s = pipe.cut(terms=terms, fine=s.fine, signs=s.signs, top=s.top, nan=s.nan)
+        sums, top, nan = self._chains(m, pipe, s)
+        m.d.comb += self.sum.eq(_float32(m, pipe, *self._add(m, pipe, sums, top, nan)))
         assert pipe.complete
         return m
 
@@ -100,49 +118,80 @@ class DotProduct(wiring.Component):
         return lanes
 
     @staticmethod
-    def _distance(m: Module, top: Any, exponent: Any, lane: int) -> Any:
-        """How far to shift a product: 5 bits, and one that says too far."""
-        below = Signal(EXPONENT_BITS - 1, name=f"below{lane}")
-        m.d.comb += below.eq(top - exponent)
-        return Cat(below[:5], below[5:].any())
-
-    def _align(self, m: Module, s: Any) -> tuple[list[Any], list[Any]]:
-        """Signed terms in units of 2^(E - 23), all but the first still lacking a carry each."""
-        terms = []
-        for i, (product, distance, sign) in enumerate(zip(s.products, s.distances, s.signs, strict=True)):
-            term = Signal(signed(ALIGNED_BITS + 1), name=f"term{i}")
-            # Four-to-one, coarse first: one look-up table a bit. The last halving, zero and sign make another.
-            value = Cat(Const(0, ALIGNED_BITS - PRODUCT_BITS), product)
-            for low in (3, 1):
-                value = self._shift(m, value, distance[low : low + 2], 1 << low, f"shifted{i}_{low}")
-            value = Mux(distance[5], 0, Mux(distance[0], value >> 1, value))[:ALIGNED_BITS]
-            inverted = Cat(value ^ sign.replicate(ALIGNED_BITS), sign)
-            m.d.comb += term.eq(inverted + sign if i == 0 else inverted)
-            terms.append(term)
-        return terms, list(s.signs[1:])
+    def _products(m: Module, registers: list[int], s: Any) -> list[Any]:
+        """Products of the significands, as late as so many registers."""
+        cycles = sum(registers)
+        behind = min(cycles, 1)
+        return [
+            multiply_add(m, f"product{i}", w, x, None, PRODUCT_BITS, before=cycles - behind, behind=behind)
+            for i, (w, x) in enumerate(zip(s.w, s.x, strict=True))
+        ]
 
     @staticmethod
-    def _shift(m: Module, value: Any, count: Any, step: int, name: str) -> Any:
-        """`value` >> (count * step), count of 2 bits."""
-        result = Signal(ALIGNED_BITS, name=name)
-        with m.Switch(count):
-            for case in range(4):
-                with m.Case(case):
-                    m.d.comb += result.eq(value >> (case * step))
-        return result
+    def _distance(m: Module, top: Any, exponent: Any, lane: int) -> tuple[Any, Any]:
+        """How far to shift a product to the right: multiples of 8, and one of 8 bits for the rest, that of 7 lowest.
 
-    def _add(self, m: Module, pipe: Pipeline, s: Any) -> tuple[Any, Any, Any]:
-        """The exact sum, two levels of adders between two cuts, with E and NaN kept in step."""
-        terms, carries = s.terms, s.carries
+        From 25 places on nothing remains: 31 stands for all distances beyond.
+        """
+        below, far = Signal(EXPONENT_BITS - 1, name=f"below{lane}"), Signal(name=f"far{lane}")
+        m.d.comb += [below.eq(top - exponent), far.eq(below[5:].any())]
+        rest = below[:_FINE_BITS] | far.replicate(_FINE_BITS)
+        fine = Cat(rest == _FINE - 1 - bit for bit in range(_FINE))
+        return below[_FINE_BITS:5] | far.replicate(5 - _FINE_BITS), fine
+
+    @staticmethod
+    def _coarse(m: Module, product: Any, count: Any, sign: Any) -> Any:
+        """A product shifted by multiples of 8 and then inverted if negative: one look-up table a bit."""
+        value, shifted = Cat(Const(0, ALIGNED_BITS - PRODUCT_BITS), product), Signal(ALIGNED_BITS, name="shifted")
+        with m.Switch(count):
+            for case in range(1 << len(count)):
+                with m.Case(case):
+                    m.d.comb += shifted.eq(value >> (_FINE * case))
+        return named(m, Cat(shifted ^ sign.replicate(ALIGNED_BITS), sign).as_signed(), "term")
+
+    def _chains(self, m: Module, pipe: Pipeline, s: Any) -> tuple[list[Any], Any, Any]:
+        """Sums of a chain of slices each, every slice shifting its term by the rest and adding it.
+
+        The first adds it to the number of the chain's negative terms, each of which lacks a one.
+        """
+        ahead, sums = pipe.ahead(_CHAIN), []
+        for first in range(0, self.lanes, _CHAIN):
+            chain = range(first, min(first + _CHAIN, self.lanes))
+            start = _CHAIN - len(chain)
+            ones = named(m, sum((s.signs[lane] for lane in chain[1:]), s.signs[first]), f"ones{first}")
+            total = delayed(m, Cat(ones, Const(0, 1)).as_signed(), sum(ahead[:start]), f"ones{first}")
+            for place, lane in enumerate(chain, start):
+                total = multiply_add(
+                    m,
+                    f"sum{lane}",
+                    s.terms[lane],
+                    s.fine[lane],
+                    total,
+                    signed(_sum_bits(lane - first + 1 + (place < _CHAIN - 1))),
+                    drop=_FINE - 1,
+                    before=sum(ahead[:place]),
+                    behind=ahead[place],
+                )
+            sums.append(total)
         top, nan = s.top, s.nan
-        for _ in range((_levels(self.lanes) + 1) // 2):
-            for _ in range(2):
-                carries = list(carries)
-                terms = _reduce(m, terms, partial(_sum, carries))
-            s = pipe.cut(terms=terms, carries=carries, top=top, nan=nan)
-            terms, carries, top, nan = s.terms, s.carries, s.top, s.nan
-        assert not carries
-        return terms[0], top, nan
+        for _ in range(_CHAIN):
+            s = pipe.cut(top=top, nan=nan)
+            top, nan = s.top, s.nan
+        return sums, top, nan
+
+    def _add(self, m: Module, pipe: Pipeline, sums: list[Any], top: Any, nan: Any) -> tuple[Any, Any, Any]:
+        """The exact sum, with E and NaN kept in step."""
+        for _ in range(_sums(self.lanes)):
+            for _ in range(_LEVELS):
+                sums = _reduce(m, sums, partial(_sum, _sum_bits(self.lanes)))
+            s = pipe.cut(sums=sums, top=top, nan=nan)
+            sums, top, nan = s.sums, s.top, s.nan
+        return sums[0], top, nan
+
+
+def _sum_bits(terms: int) -> int:
+    """Bits of a sum of so many aligned terms."""
+    return ALIGNED_BITS + 1 + _levels(terms)
 
 
 def _float32(m: Module, pipe: Pipeline, total: Any, top: Any, nan: Any) -> Any:
@@ -181,15 +230,8 @@ def _larger(m: Module, a: Any, b: Any) -> Any:
     return result
 
 
-def _sum(carries: list[Any], m: Module, a: Any, b: Any) -> Any:
-    """a + b + a carry, taken from the list, signed, in one carry chain."""
-    carry = carries.pop()
-    width = max(len(a), len(b)) + 1
-    left, right = Signal(signed(width + 1), name="left"), Signal(signed(width + 1), name="right")
-    result = Signal(signed(width), name="partial")
-    m.d.comb += [
-        left.eq(Cat(Const(1, 1), a).as_signed()),
-        right.eq(Cat(carry, b).as_signed()),
-        result.eq((left + right)[1:].as_signed()),
-    ]
+def _sum(bits: int, m: Module, a: Any, b: Any) -> Any:
+    """a + b, signed, in at most `bits` bits."""
+    result = Signal(signed(min(max(len(a), len(b)) + 1, bits)), name="partial")
+    m.d.comb += result.eq(a + b)
     return result

@@ -56,6 +56,10 @@ class Pipeline:
                 setattr(result, name, self._delay(value, f"{name}_{self._next}", depth))
         return result
 
+    def ahead(self, places: int) -> list[int]:
+        """Registers at each of the next places, for what goes round them and keeps its own."""
+        return self._depths[self._next : self._next + places]
+
     @property
     def complete(self) -> bool:
         """True once every place has been passed."""

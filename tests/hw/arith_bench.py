@@ -20,14 +20,20 @@ U32Array = NDArray[np.uint32]
 FEW = 400
 """Inputs on which every planted error is tried first."""
 
+_MODULE = re.compile(r"^module .*?^endmodule$", re.MULTILINE | re.DOTALL)
 _REGISTER = re.compile(r"^  always @\(posedge clk\)\n    (?P<target>\S+) *<= (?P<value>.+);$", re.MULTILINE)
 _WIDTH = re.compile(r"^  reg (?:\[(?P<high>\d+):0\] )?(?P<name>\S+) *(?:=|;)", re.MULTILINE)
 
 
 def plant(text: str, first: int) -> tuple[str, list[str]]:
     """Verilog in which `bench.plant == first + i` inverts the i-th register bit, and the bits' names."""
-    widths = {match["name"]: int(match["high"] or 0) + 1 for match in _WIDTH.finditer(text)}
+    widths: dict[str, int] = {}
     sites: list[str] = []
+
+    def enter(module: re.Match[str]) -> str:
+        widths.clear()
+        widths.update({match["name"]: int(match["high"] or 0) + 1 for match in _WIDTH.finditer(module[0])})
+        return _REGISTER.sub(edit, module[0])
 
     def edit(match: re.Match[str]) -> str:
         target, width = match["target"], widths[match["target"]]
@@ -36,7 +42,7 @@ def plant(text: str, first: int) -> tuple[str, list[str]]:
         sites.extend(f"{target}[{bit}]" for bit in range(width))
         return f"  always @(posedge clk)\n    {target} <= ({match['value']}) ^ {error};"
 
-    return _REGISTER.sub(edit, text), sites
+    return _MODULE.sub(enter, text), sites
 
 
 class Bench:
