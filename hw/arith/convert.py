@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
@@ -22,6 +23,8 @@ from typebar.isa.numerics.formats import (
 CUTS = 2
 FORMAT_BITS = max(Format).bit_length()
 FP16_BIAS = 15
+_INT8_AT = 3
+"""The lowest bit of an int8 beside an fp16: its highest then counts as much more as its exponent field does."""
 FP16_NAN, FP16_INFINITY, BF16_NAN, BF16_INFINITY = 0x7E00, 0x7C00, 0x7FC0, 0x7F80
 
 
@@ -90,48 +93,56 @@ def _limit_operand(m: Module, rounded: Any, sign: Any) -> tuple[Any, Any]:
     return Mux(rounded < smallest, 0, kept), overflow
 
 
+def placed(byte: Any, short: Any, is_int8: Any) -> Any:
+    """An element of 8 bits or of 16 as the converters to operands take it: an int8 begins at bit 3.
+
+    There its highest bit is where an fp16 has its hidden one. The bits around it do not matter.
+    """
+    return Cat(short[:_INT8_AT], Mux(is_int8, byte, short[_INT8_AT : _INT8_AT + 8]), short[_INT8_AT + 8 :])
+
+
 class OperandFromMemory(wiring.Component):
     """A memory element as operand, as `to_operand(decode(raw))`; an absent lane is zero, whatever it holds.
 
-    `raw` holds the element in its lowest bits; the ports are otherwise those of `OperandFromFloat32`.
+    `word` holds an int8 or fp16 in its lower half as `placed`, a bf16 in its upper half; the rest of it does not matter.
+    The ports are otherwise those of `OperandFromFloat32`.
     """
 
     def __init__(self, latency: int) -> None:
         """A converter of `latency` >= 1 cycles."""
         self.latency = latency
-        super().__init__({"raw": In(32), "format": In(FORMAT_BITS), **_OPERAND_PORTS})
+        super().__init__({"word": In(32), "format": In(FORMAT_BITS), **_OPERAND_PORTS})
 
     def elaborate(self, platform: object) -> Module:
-        """fp16 and int8 are normalised and always fit; bf16 and float32 are rounded and limited."""
+        """bf16 and float32 are rounded; their significands are normal, or too small to matter."""
         m = Module()
-        pipe = Pipeline(m, cuts=CUTS, latency=self.latency)
-        wide_value = Mux(self.format == Format.BF16, Cat(Const(0, 16), self.raw[:16]), self.raw)
-        wide_value = named(m, wide_value, "wide_value")
-        rounded, wide_nan = _round_operand(wide_value)
-        is_fp16 = named(m, self.format == Format.FP16, "is_fp16")
-        is_small = named(m, is_fp16 | (self.format == Format.INT8), "is_small")
-        sign, exponent, significand = _small(m, self.raw[:16], self.format)
-        small_zero = ~significand[10]
-        top = named(m, is_fp16 & self.raw[10:15].all(), "top")
-        # An infinity takes the way of an overflowing float32.
-        magnitude = Mux(is_small & ~top, Cat(significand[:10], Mux(small_zero, 0, exponent)), rounded)
-        magnitude = Mux(top, EXPONENT >> OPERAND_DROPPED_BITS, magnitude)
-        nan = Mux(is_small, top & self.raw[:10].any(), wide_nan)
-        s = pipe.cut(
-            magnitude=magnitude,
-            sign=Mux(is_small, sign, wide_value[31]),
-            nan=nan & self.present,
-            present=self.present,
+        raw, is_wide, is_fp32 = self.word, self.format[0], named(m, self.format == Format.FP32, "is_fp32")
+        assert Format.BF16 & 1 and Format.FP32 & 1 and not Format.FP16 & 1 and not Format.INT8 & 1
+        guard, sticky = raw[OPERAND_DROPPED_BITS - 1] & is_fp32, raw[: OPERAND_DROPPED_BITS - 1].any()
+        kept = named(m, Cat(raw[OPERAND_DROPPED_BITS:16] & is_fp32.replicate(_INT8_AT), raw[16:31]), "kept")
+        rounded = named(m, (kept + (guard & (sticky | kept[0])))[:18], "rounded")
+        infinite = raw[23:31].all()
+        # The largest operands round up to infinity.
+        top = named(m, infinite | (kept[:10].all() & guard & raw[24:31].all()), "wide_top")
+        nan = infinite & (raw[16:23].any() | (raw[:16].any() & is_fp32))
+        element, exponent = _significand(m, raw[:16], self.format)
+        small_top = ~is_wide & element.top
+        s = _Element(
+            significand=Mux(is_wide, Cat(rounded[:10], Const(1, 1)), element.significand),
+            top=named(m, Mux(is_wide, top, small_top), "top"),
+            nan=Mux(is_wide, nan, small_top & raw[:10].any()),
+            sign=Mux(is_wide, raw[31], element.sign),
         )
-        bits, overflow = _limit_operand(m, s.magnitude, s.sign)
-        s = pipe.cut(bits=Mux(s.present, bits, 0), overflow=overflow & s.present & ~s.nan, nan=s.nan)
-        m.d.comb += [self.operand.eq(s.bits), self.overflow.eq(s.overflow), self.nan.eq(s.nan)]
-        assert pipe.complete
+        exponent = Mux(is_wide, rounded[10:], exponent)
+        _operand_of(m, self, s, exponent, is_wide)
         return m
 
 
 class OperandFromShort(wiring.Component):
-    """`OperandFromMemory` for the formats of at most 16 bits, of half its size: there is nothing to round."""
+    """`OperandFromMemory` for the formats of at most 16 bits, of half its size: there is nothing to round.
+
+    `element` is `placed`.
+    """
 
     def __init__(self, latency: int) -> None:
         """A converter of `latency` >= 1 cycles; FP32 as format gives a meaningless operand."""
@@ -139,39 +150,91 @@ class OperandFromShort(wiring.Component):
         super().__init__({"element": In(16), "format": In(FORMAT_BITS), **_OPERAND_PORTS})
 
     def elaborate(self, platform: object) -> Module:
-        """One significand for all formats, normalised; a bf16 is normal or too small to matter."""
+        """A bf16's significand is one of 8 bits with leading zeros, which do not count in its exponent."""
         m = Module()
-        pipe = Pipeline(m, cuts=CUTS, latency=self.latency)
-        raw = self.element
-        is_int8 = named(m, self.format == Format.INT8, "is_int8")
-        is_bf16 = named(m, self.format == Format.BF16, "is_bf16")
-        magnitude = Signal(8)
-        m.d.comb += magnitude.eq((raw[:8] ^ raw[7].replicate(8)) + raw[7])
-        normal = raw[10:15].any()
-        fp16, bf16 = Cat(raw[:10], normal), Cat(Const(0, 3), raw[:7], Const(1, 1))
-        significand = Mux(is_int8, Cat(Const(0, 3), magnitude), Mux(is_bf16, bf16, fp16))
-        significand = named(m, significand, "significand")
-        fp16_exponent = (BIAS - FP16_BIAS) + Cat(raw[10] | ~normal, raw[11:15])
-        exponent = Mux(is_int8, BIAS + 7, Mux(is_bf16, raw[7:15], fp16_exponent))
-        top = named(m, ~is_int8 & raw[10:15].all() & (~is_bf16 | raw[7:10].all()), "top")
-        nan = top & (raw[:7].any() | (~is_bf16 & raw[7:10].any()))
-        s = pipe.cut(
-            significand=significand,
-            zeros=leading_zeros(m, significand, "element"),
-            exponent=exponent[:8],
-            sign=Mux(is_int8, raw[7], raw[15]),
-            nothing=~self.present | (is_bf16 & (raw[7:15] < BIAS + OPERAND_MIN_EXPONENT)),
-            overflow=top & ~nan & self.present,
-            nan=nan & self.present,
+        raw, is_bf16 = self.element, self.format[0]
+        element, exponent = _significand(m, raw, self.format)
+        bf16 = Cat(element.significand[:7], Const(1, 4))
+        top = named(m, element.top & (~is_bf16 | raw[7:10].all()), "top")
+        s = _Element(
+            significand=Mux(is_bf16, bf16, element.significand),
+            top=top,
+            nan=top & (raw[:7].any() | (raw[7:10].any() & ~is_bf16)),
+            sign=element.sign,
         )
-        fraction = (s.significand << s.zeros)[:11]
-        zero = s.nothing | ~fraction[10]
-        finite = Cat(fraction[:10], (s.exponent - s.zeros)[:8])
-        bits = Cat(Mux(s.overflow, OPERAND_MAX_BITS >> OPERAND_DROPPED_BITS, finite)[:18], s.sign)
-        s = pipe.cut(bits=Mux(zero, 0, bits), overflow=s.overflow, nan=s.nan)
-        m.d.comb += [self.operand.eq(s.bits), self.overflow.eq(s.overflow), self.nan.eq(s.nan)]
-        assert pipe.complete
+        _operand_of(m, self, s, Mux(is_bf16, raw[7:15], exponent), is_bf16)
         return m
+
+
+@dataclass
+class _Element:
+    """An element taken apart: 11-bit significand; `top` if infinite or NaN."""
+
+    significand: Any
+    top: Any
+    nan: Any
+    sign: Any
+
+
+def _significand(m: Module, raw: Any, fmt: Any) -> tuple[_Element, Any]:
+    """An fp16, or an int8 at bit 3, and the exponent field of its significand's highest bit. (For others: no matter.)"""
+    is_int8 = fmt[1]
+    assert Format.INT8 & 2 and not Format.FP16 & 2 and not Format.BF16 & 2
+    negative = named(m, is_int8 & raw[10], "negative")
+    normal = named(m, raw[10:15].any(), "normal")
+    # The negation of an int8 inverts what is above its lowest one.
+    bits = [raw[bit] ^ (negative & raw[_INT8_AT:bit].any()) for bit in range(_INT8_AT + 1, 10)]
+    highest = Mux(is_int8, raw[10] & ~raw[_INT8_AT:10].any(), normal)
+    low = raw[:_INT8_AT] & ~is_int8.replicate(_INT8_AT)
+    exponent = Cat(raw[10] | ~normal, raw[11:14], ~raw[14].replicate(3), raw[14])
+    return _Element(
+        significand=named(m, Cat(low, raw[_INT8_AT], *bits, highest), "element"),
+        top=~is_int8 & raw[10:15].all(),
+        nan=Const(0),
+        sign=Mux(is_int8, raw[10], raw[15]),
+    ), Mux(is_int8, BIAS + 7, exponent)
+
+
+def _operand_of(m: Module, unit: Any, s: _Element, exponent: Any, is_normal: Any) -> None:
+    """The operand of an element with such an exponent field; if it `is_normal`, leading zeros do not lower that."""
+    pipe = Pipeline(m, cuts=CUTS, latency=unit.latency)
+    value = named(m, s.significand | s.top.replicate(11), "value")
+    # Eight places, and four: three bits can go up by eight, and nothing is below them then.
+    zeros8 = named(m, ~value[3:].any(), "zeros8")
+    zeros4 = named(m, Mux(zeros8, ~value[:3].any(), ~value[7:].any()), "zeros4")
+    byte = Cat(value[:3] & ~zeros8.replicate(3), value[3:8], Mux(zeros8, value[:3], value[8:]))
+    half = Mux(zeros4, Cat(Const(0, 4), byte[:7]), byte)
+    largest = OPERAND_MAX_BITS >> 23
+    c = pipe.cut(
+        half=half,
+        zeros=Cat(zeros4, zeros8),
+        exponent=Mux(s.top, largest, exponent)[:8],
+        normal=is_normal,
+        sign=s.sign,
+        present=unit.present,
+        overflow=s.top & ~s.nan & unit.present,
+        nan=s.nan & unit.present,
+    )
+    zeros2 = named(m, ~c.half[9:].any(), "zeros2")
+    zeros1 = named(m, ~Mux(zeros2, c.half[8], c.half[10]), "zeros1")
+    places = Cat(zeros1, zeros2)
+    fraction = _up_to_three(m, c.half, places)
+    lowered = c.exponent - Cat(places & ~c.normal.replicate(2), c.zeros)
+    nothing = ~c.present | ~c.half[7:].any() | (c.exponent < BIAS + OPERAND_MIN_EXPONENT)
+    bits = Mux(nothing, 0, Cat(fraction, lowered[:8], c.sign))
+    c = pipe.cut(bits=bits, overflow=c.overflow, nan=c.nan)
+    m.d.comb += [unit.operand.eq(c.bits), unit.overflow.eq(c.overflow), unit.nan.eq(c.nan)]
+    assert pipe.complete
+
+
+def _up_to_three(m: Module, value: Any, places: Any) -> Any:
+    """The lowest 10 bits of `value` shifted up by `places` (2 bits), four-to-one."""
+    result = Signal(10, name="fraction")
+    with m.Switch(places):
+        for case in range(4):
+            with m.Case(case):
+                m.d.comb += result.eq(Cat(Const(0, case), value))
+    return result
 
 
 class Float32FromMemory(wiring.Component):

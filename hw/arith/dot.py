@@ -12,7 +12,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from typebar.hw.arith.convert import OPERAND
-from typebar.hw.arith.dsp import multiply_add
+from typebar.hw.arith.dsp import multiply_add, sums
 from typebar.hw.arith.float32 import BIAS, leading_zeros, named, round_pack
 from typebar.hw.arith.pipeline import Pipeline
 from typebar.hw.delay import delayed
@@ -26,8 +26,8 @@ ALIGNED_BITS = PRODUCT_BITS + ALIGNED_FRACTION_BITS - PRODUCT_FRACTION_BITS
 _FINE_BITS = 3
 _FINE = 1 << _FINE_BITS
 """Products are shifted by multiples of this in look-up tables, and by the rest in a multiplier."""
-_CHAIN = 3
-"""Slices that add one after the other: as many as have registers enough to wait for one another."""
+_CHAIN = 5
+"""Slices that add one after the other. Three have registers enough to wait for one another; two more need some."""
 _LEVELS = 3
 """Levels of the tree of adders between two cuts."""
 
@@ -93,29 +93,30 @@ class DotProduct(wiring.Component):
                 tops = [tops[0][:-1]]
             s = pipe.cut(tops=tops, exponents=s.exponents, signs=s.signs, nan=s.nan)
             tops = s.tops
-        shifts = [self._distance(m, tops[0], exponent, i) for i, exponent in enumerate(s.exponents)]
+        distances = sums(m, "distances", tops * self.lanes, s.exponents, subtract=True)
+        shifts = [self._shift(m, distance[: EXPONENT_BITS - 1], i) for i, distance in enumerate(distances)]
         coarse, fine = [shift[0] for shift in shifts], [shift[1] for shift in shifts]
         s = pipe.cut(coarse=coarse, fine=fine, top=tops[0], signs=s.signs, nan=s.nan)
         terms = [self._coarse(m, *item) for item in zip(products, s.coarse, s.signs, strict=True)]
         s = pipe.cut(terms=terms, fine=s.fine, signs=s.signs, top=s.top, nan=s.nan)
-        sums, top, nan = self._chains(m, pipe, s)
-        m.d.comb += self.sum.eq(_float32(m, pipe, *self._add(m, pipe, sums, top, nan)))
+        m.d.comb += self.sum.eq(_float32(m, pipe, *self._add(m, pipe, *self._chains(m, pipe, s))))
         assert pipe.complete
         return m
 
     def _lanes(self, m: Module) -> dict[str, Any]:
         """Significands, the product's sign, and the sum of the exponent fields with the bit for nonzero above them."""
-        lanes: dict[str, Any] = {"w": [], "x": [], "signs": [], "exponents": []}
+        lanes: dict[str, Any] = {"w": [], "x": [], "signs": []}
+        parts: dict[str, list[Any]] = {"w": [], "x": []}
         for i in range(self.lanes):
             w, x = self.w[i], self.x[i]
             present = [named(m, operand.exponent[6:8].any(), "present") for operand in (w, x)]
-            exponent = Signal(EXPONENT_BITS, name=f"exponent{i}")
-            m.d.comb += exponent.eq(Cat(w.exponent, present[0]) + Cat(x.exponent, present[1]))
+            parts["w"].append(Cat(w.exponent, present[0]))
+            parts["x"].append(Cat(x.exponent, present[1]))
             lanes["w"].append(Cat(w.fraction, present[0]))
             lanes["x"].append(Cat(x.fraction, present[1]))
             lanes["signs"].append(w.sign ^ x.sign)
-            lanes["exponents"].append(exponent)
-        return lanes
+        exponents = sums(m, "exponents", parts["w"], parts["x"])
+        return lanes | {"exponents": [exponent[:EXPONENT_BITS] for exponent in exponents]}
 
     @staticmethod
     def _products(m: Module, registers: list[int], s: Any) -> list[Any]:
@@ -128,13 +129,12 @@ class DotProduct(wiring.Component):
         ]
 
     @staticmethod
-    def _distance(m: Module, top: Any, exponent: Any, lane: int) -> tuple[Any, Any]:
+    def _shift(m: Module, below: Any, lane: int) -> tuple[Any, Any]:
         """How far to shift a product to the right: multiples of 8, and one of 8 bits for the rest, that of 7 lowest.
 
         From 25 places on nothing remains: 31 stands for all distances beyond.
         """
-        below, far = Signal(EXPONENT_BITS - 1, name=f"below{lane}"), Signal(name=f"far{lane}")
-        m.d.comb += [below.eq(top - exponent), far.eq(below[5:].any())]
+        far = named(m, below[5:].any(), f"far{lane}")
         rest = below[:_FINE_BITS] | far.replicate(_FINE_BITS)
         fine = Cat(rest == _FINE - 1 - bit for bit in range(_FINE))
         return below[_FINE_BITS:5] | far.replicate(5 - _FINE_BITS), fine
@@ -154,7 +154,7 @@ class DotProduct(wiring.Component):
 
         The first adds it to the number of the chain's negative terms, each of which lacks a one.
         """
-        ahead, sums = pipe.ahead(_CHAIN), []
+        ahead, results = pipe.ahead(_CHAIN), []
         for first in range(0, self.lanes, _CHAIN):
             chain = range(first, min(first + _CHAIN, self.lanes))
             start = _CHAIN - len(chain)
@@ -172,21 +172,21 @@ class DotProduct(wiring.Component):
                     before=sum(ahead[:place]),
                     behind=ahead[place],
                 )
-            sums.append(total)
+            results.append(total)
         top, nan = s.top, s.nan
         for _ in range(_CHAIN):
             s = pipe.cut(top=top, nan=nan)
             top, nan = s.top, s.nan
-        return sums, top, nan
+        return results, top, nan
 
-    def _add(self, m: Module, pipe: Pipeline, sums: list[Any], top: Any, nan: Any) -> tuple[Any, Any, Any]:
+    def _add(self, m: Module, pipe: Pipeline, terms: list[Any], top: Any, nan: Any) -> tuple[Any, Any, Any]:
         """The exact sum, with E and NaN kept in step."""
         for _ in range(_sums(self.lanes)):
             for _ in range(_LEVELS):
-                sums = _reduce(m, sums, partial(_sum, _sum_bits(self.lanes)))
-            s = pipe.cut(sums=sums, top=top, nan=nan)
-            sums, top, nan = s.sums, s.top, s.nan
-        return sums[0], top, nan
+                terms = _reduce(m, terms, partial(_sum, _sum_bits(self.lanes)))
+            s = pipe.cut(terms=terms, top=top, nan=nan)
+            terms, top, nan = s.terms, s.top, s.nan
+        return terms[0], top, nan
 
 
 def _sum_bits(terms: int) -> int:

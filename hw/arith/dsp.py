@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from amaranth.hdl import Cat, Const, Module, Shape, Signal
-from amaranth.lib import wiring
+from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
 from typebar.hw.delay import delayed
 
 SLICE = "dsp_slice"
 """How the names of the Verilog modules begin: `hw.synthesis` counts each as one slice."""
+PARTS, PART_BITS = 4, 12
 _A_BITS, _B_BITS, _C_BITS = 27, 18, 48
 """Signed widths of a slice's operands and of its adder (UG579)."""
 _OPERAND_REGISTERS, _PRODUCT_REGISTERS, _SUM_REGISTERS = 2, 1, 1
@@ -25,7 +26,7 @@ class MultiplyAdd(wiring.Component):
     """
 
     def __init__(self, a: Any, b: Any, c: Any, p: Any, *, drop: int, before: int, behind: int) -> None:
-        """A slice for operands of these shapes, `c` being None for a multiplier; it has 3 registers before, 1 behind."""
+        """A slice for operands of these shapes, `c` being None for a multiplier; at most 3 registers before, 1 behind."""
         self._drop, self._before, self._behind = drop, before, behind
         assert before <= _BEFORE and behind <= _SUM_REGISTERS
         for shape, bits in ((a, _A_BITS), (b, _B_BITS), (p, _C_BITS - drop)):
@@ -47,11 +48,46 @@ class MultiplyAdd(wiring.Component):
         return m
 
 
+class FourSums(wiring.Component):
+    """Four sums of 12 bits, or differences, modulo 2^12, in one slice: its adder can be cut in four.
+
+    `p` comes in the same cycle; the registers around it may become the slice's.
+    """
+
+    def __init__(self, subtract: bool) -> None:
+        """Sums, or differences."""
+        self._subtract = subtract
+        parts = data.ArrayLayout(PART_BITS, PARTS)
+        super().__init__({"a": In(parts), "b": In(parts), "p": Out(parts)})
+
+    def elaborate(self, platform: object) -> Module:
+        """One adder for each part."""
+        m = Module()
+        for a, b, p in zip(self.a, self.b, self.p, strict=True):
+            m.d.comb += p.eq(a - b if self._subtract else a + b)
+        return m
+
+
+def sums(m: Module, name: str, a: list[Any], b: list[Any], *, subtract: bool = False) -> list[Any]:
+    """a + b, or a - b, of each pair, modulo 2^PART_BITS, four to a slice."""
+    results: list[Any] = []
+    for first in range(0, len(a), PARTS):
+        unit = FourSums(subtract)
+        m.submodules[f"{SLICE}_{name}{first}"] = unit
+        some = range(first, min(first + PARTS, len(a)))
+        for part, index in enumerate(some):
+            m.d.comb += [unit.a[part].eq(a[index]), unit.b[part].eq(b[index])]
+        results += [unit.p[part] for part in range(len(some))]
+    return results
+
+
 def multiply_add(
     m: Module, name: str, a: Any, b: Any, c: Any, p: Any, *, drop: int = 0, before: int = 0, behind: int = 0
 ) -> Any:
     """A slice's result, of shape `p`, in module `m`; registers that it does not have are put around it."""
-    inner, last = min(before, _BEFORE), min(behind, _SUM_REGISTERS)
+    # The bits dropped of a registered product would be registers without effect.
+    inner = min(before, _OPERAND_REGISTERS if drop else _BEFORE)
+    last = min(behind, _SUM_REGISTERS)
     shapes = (a.shape(), b.shape(), None if c is None else c.shape())
     unit = MultiplyAdd(*shapes, p, drop=drop, before=inner, behind=last)
     m.submodules[f"{SLICE}_{name}"] = unit

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Module, Mux, Signal
+from amaranth.hdl import Cat, Module, Mux, Signal, Value
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-from typebar.hw.arith.convert import FORMAT_BITS, OPERAND, OperandFromMemory, OperandFromShort
+from typebar.hw.arith.convert import FORMAT_BITS, OPERAND, OperandFromMemory, OperandFromShort, placed
 from typebar.hw.replicate import Shared
 from typebar.isa.instructions import Format
 
@@ -15,8 +15,8 @@ class WeightColumn(wiring.Component):
     """Operands of `lanes` elements, `latency` cycles after their bits.
 
     `bytes_1`, `bytes_2` and `bytes_4` hold the elements if they have that many bytes; `wide` columns have the last.
-    Lanes in `patch_lane` come from `by_column`; all others, with `patch_column`, from `by_lane` (raw elements of 32
-    bits). Only lanes in `lanes_present` of a `column_present` are. `nan` and `overflow` are those of any.
+    Lanes in `patch_lane` come from `by_column`, and with `patch_column` all come from `by_lane`: elements as
+    `convert.placed` gives them, and all zeros where there is no such patch. Only lanes in `lanes_present` of a `column_present` are. `nan` and `overflow` are those of any.
 
     `shared` are the Verilog modules that it instantiates.
     """
@@ -53,20 +53,13 @@ class WeightColumn(wiring.Component):
         m.d.sync += [fmt.eq(self.format), present.eq(Mux(self.column_present, self.lanes_present, 0))]
         units = []
         for lane in range(self._lanes):
-            stored, raw = Signal(bits, name=f"stored{lane}"), Signal(bits, name=f"raw{lane}", reset_less=True)
-            with m.Switch(self.format):
-                with m.Case(Format.INT8):
-                    m.d.comb += stored.eq(self.bytes_1[8 * lane : 8 * (lane + 1)])
-                if self._wide:
-                    with m.Case(Format.FP32):
-                        m.d.comb += stored.eq(self.bytes_4[32 * lane : 32 * (lane + 1)])
-                with m.Default():
-                    m.d.comb += stored.eq(self.bytes_2[16 * lane : 16 * (lane + 1)])
-            patch = Mux(self.patch_lane[lane], self.by_column, self.by_lane[32 * lane : 32 * (lane + 1)])
-            m.d.sync += raw.eq(Mux(self.patch_lane[lane] | self.patch_column, patch, stored))
+            raw, patched = Signal(bits, name=f"raw{lane}", reset_less=True), Signal(name=f"patched{lane}")
+            m.d.comb += patched.eq(self.patch_lane[lane] | self.patch_column)
+            patch = (self.by_column | self.by_lane[32 * lane : 32 * (lane + 1)])[:bits]
+            m.d.sync += raw.eq(Mux(patched, patch, self._stored(lane)))
             m.submodules[f"operand{lane}"] = unit = self._unit.replica()
             m.d.comb += [
-                (unit.raw if self._wide else unit.element).eq(raw),
+                (unit.word if self._wide else unit.element).eq(raw),
                 unit.format.eq(fmt),
                 unit.present.eq(present[lane]),
             ]
@@ -77,3 +70,13 @@ class WeightColumn(wiring.Component):
             self.overflow.eq(Cat(unit.overflow for unit in units).any()),
         ]
         return m
+
+    def _stored(self, lane: int) -> Value:
+        """An element's bits from the FIFO, as the converters take them."""
+        byte, short = self.bytes_1[8 * lane : 8 * (lane + 1)], self.bytes_2[16 * lane : 16 * (lane + 1)]
+        low = placed(byte, short, self.format == Format.INT8)
+        if not self._wide:
+            return low
+        word = self.bytes_4[32 * lane : 32 * (lane + 1)]
+        is_fp32 = self.format == Format.FP32
+        return Cat(Mux(is_fp32, word[:16], low), Mux(is_fp32, word[16:], short))

@@ -15,7 +15,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from typebar.hw.arith.convert import OPERAND, MemoryFromFloat32
+from typebar.hw.arith.convert import OPERAND, MemoryFromFloat32, placed
 from typebar.hw.matrix.buffer import GroupBuffer
 from typebar.hw.matrix.column import WeightColumn
 from typebar.hw.matrix.geometry import (
@@ -108,12 +108,14 @@ class Weights(wiring.Component):
         """The patch's raw elements: of a column, all lanes; of a lane by column."""
         g, load = self._g, self.load
         raw, saturated = [], []
+        load_format = delayed(m, load.format, _STORING, "patch_format")
         for index in range(g.words):
             m.submodules[f"store{index}"] = unit = self._store.replica()
             column = load.kind == Load.PATCH_LANE
             value = Mux(column, self.row[index], self.chunk[index]) if index < len(self.chunk) else self.row[index]
             m.d.comb += [unit.x.eq(value), unit.format.eq(load.format)]
-            raw.append(unit.raw)
+            low = placed(unit.raw[:8], unit.raw[:16], load_format == Format.INT8)
+            raw.append(Cat(low, Mux(load_format == Format.BF16, unit.raw[:16], unit.raw[16:])))
             saturated.append(unit.saturated)
         first = Signal(range(max(g.lanes, g.block)))
         m.d.comb += first.eq(load.row << log2(g.words))
@@ -176,10 +178,11 @@ class Weights(wiring.Component):
         by_lane, by_column = self._patch(m, read)
         window, count = self._window(m, read), g.groups * g.columns
         patch_lane, patch_column, present = Signal(g.lanes), Signal(count), Signal(count)
-        lanes_present = Signal(g.lanes)
+        lanes_present, lane_patch = Signal(g.lanes), Signal(len(by_lane))
         m.d.comb += [
             patch_lane.eq(Mux(read.patch_lane, Const(1, g.lanes) << read.lane_at, 0)),
             patch_column.eq(Mux(read.patch_column, Const(1, count) << read.column_at, 0)),
+            lane_patch.eq(Mux(read.patch_column, by_lane, 0)),
             lanes_present.eq(below(read.lanes, g.lanes)),
             present.eq(Mux(read.valid, below(read.columns, count), 0)),
         ]
@@ -195,8 +198,8 @@ class Weights(wiring.Component):
                 column.format.eq(read.format),
                 column.patch_lane.eq(patch_lane),
                 column.patch_column.eq(patch_column[index]),
-                column.by_column.eq(by_column[index]),
-                column.by_lane.eq(by_lane),
+                column.by_column.eq(Mux(read.patch_lane, by_column[index], 0)),
+                column.by_lane.eq(lane_patch),
                 column.lanes_present.eq(lanes_present),
                 column.column_present.eq(present[index]),
             ]

@@ -213,6 +213,13 @@ def test_from_registers(bench: Bench, count: int) -> None:
             check_operand(results[name], expected_operand(x, present))
 
 
+def placed(rng: np.random.Generator, elements: U32Array, fmt: Format) -> U32Array:
+    """Elements where the converters to operands take them: an int8 at bit 3, a bf16 in the upper half; noise beside."""
+    at, width = {Format.FP16: (0, 16), Format.BF16: (16, 16), Format.INT8: (3, 8), Format.FP32: (0, 32)}[fmt]
+    mask = np.uint32(((1 << width) - 1) << at)
+    return (elements << np.uint32(at)) & mask | random_bits(rng, len(elements)) & ~mask
+
+
 @pytest.mark.parametrize("fmt", list(Format))
 def test_from_memory(bench: Bench, fmt: Format) -> None:
     """Every element of the short formats, whatever the bits above it hold; float32 at random."""
@@ -224,8 +231,13 @@ def test_from_memory(bench: Bench, fmt: Format) -> None:
     x = decode(elements.astype(short).view(raw_dtype(fmt)), fmt)
     above = 0 if fmt is Format.FP32 else random_bits(rng, len(elements)) << 16
     present = rng.integers(0, 8, len(elements), dtype=np.uint32).clip(0, 1)
+    word = placed(rng, elements, fmt)
     results = bench.run(
-        raw=elements | above, element=elements, present=present, format=np.full(len(elements), fmt, np.uint32)
+        raw=elements | above,
+        word=word,
+        element=word & 0xFFFF if fmt is Format.INT8 else elements & 0xFFFF,
+        present=present,
+        format=np.full(len(elements), fmt, np.uint32),
     )
     for name in ("load1", "load2", "load"):
         assert np.array_equal(results[name]["result"], bits_of(x)), name
@@ -242,7 +254,7 @@ def test_planted_errors_are_caught(bench: Bench, name: str) -> None:
     rng = np.random.default_rng(7)
     a, b = pairs(rng, 4_000)
     n = len(a)
-    inputs = {"a": a, "b": b, "x": a, "raw": a, "element": a & 0xFFFF}
+    inputs = {"a": a, "b": b, "x": a, "raw": a, "word": a, "element": a & 0xFFFF}
     inputs["subtract"] = rng.integers(0, 2, n, dtype=np.uint32)
     inputs |= {"present": rng.integers(0, 2, n, dtype=np.uint32), "format": rng.integers(0, 4, n, dtype=np.uint32)}
     assert len(bench.sites[name]) >= 10
