@@ -28,6 +28,8 @@ _FINE = 1 << _FINE_BITS
 """Products are shifted by multiples of this in look-up tables, and by the rest in a multiplier."""
 _CHAIN = 5
 """Slices that add one after the other. Three have registers enough to wait for one another; two more need some."""
+_SLICED_LEVELS = 2
+"""Levels of the tree of exponents with comparisons in slices."""
 _LEVELS = 3
 """Levels of the tree of adders between two cuts."""
 
@@ -88,7 +90,8 @@ class DotProduct(wiring.Component):
         # Their highest bit is for comparing: distances that matter are below 512.
         s.exponents = [exponent[:-1] for exponent in s.exponents]
         for i in range(rounds):
-            tops = _reduce(m, _reduce(m, tops, _larger), _larger)
+            for level in range(2 * i, 2 * i + 2):
+                tops = _largest(m, tops, level)
             if i == rounds - 1:
                 tops = [tops[0][:-1]]
             s = pipe.cut(tops=tops, exponents=s.exponents, signs=s.signs, nan=s.nan)
@@ -224,10 +227,19 @@ def _reduce(m: Module, values: list[Any], join: Callable[[Module, Any, Any], Any
     return pairs + values[len(values) & ~1 :]
 
 
-def _larger(m: Module, a: Any, b: Any) -> Any:
-    result = Signal(EXPONENT_BITS, name="larger")
-    m.d.comb += result.eq(Mux(a > b, a, b))
-    return result
+def _largest(m: Module, values: list[Any], level: int) -> list[Any]:
+    """The larger one of each pair; in the first levels, where there are most, slices compare them."""
+    pairs = values[0::2], values[1::2]
+    if level < _SLICED_LEVELS:
+        count = len(pairs[1])
+        less = [bits[-1] for bits in sums(m, f"level{level}_", pairs[0][:count], pairs[1], subtract=True)]
+    else:
+        less = [a < b for a, b in zip(*pairs, strict=False)]
+
+    def larger(m: Module, a: Any, b: Any) -> Any:
+        return named(m, Mux(less.pop(0), b, a), "larger")
+
+    return _reduce(m, values, larger)
 
 
 def _sum(bits: int, m: Module, a: Any, b: Any) -> Any:

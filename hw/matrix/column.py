@@ -78,5 +78,7 @@ class WeightColumn(wiring.Component):
         if not self._wide:
             return low
         word = self.bytes_4[32 * lane : 32 * (lane + 1)]
-        is_fp32 = self.format == Format.FP32
-        return Cat(Mux(is_fp32, word[:16], low), Mux(is_fp32, word[16:], short))
+        # An int8 leaves the other bits to the words: one bit of the format then chooses them.
+        assert Format.INT8 & 2 and Format.FP32 & 2 and not Format.FP16 & 2 and not Format.BF16 & 2
+        is_long, is_int8 = self.format[1], self.format == Format.INT8
+        return Cat(placed(byte, Mux(is_long, word[:16], short), is_int8), Mux(is_long, word[16:], short))

@@ -84,15 +84,6 @@ class Weights(wiring.Component):
         m = Module()
         g = self._g
         read = delayed(m, self.read, FIFO_LAG, "read")
-        if g.two:
-            # What takes one cycle takes the second of two.
-            late, chosen = delayed(m, read, 1, "read_late"), Signal(read.shape())
-            takes_two = read.valid & (read.format == Format.FP32)
-            m.d.comb += [
-                chosen.eq(Mux(takes_two, read, late)),
-                chosen.valid.eq(takes_two | (late.valid & (late.format != Format.FP32))),
-            ]
-            read = chosen
         m.d.comb += self.fifo_place.eq(read.place)
         read = delayed(m, read, FIFO_READ_CYCLES, "read_row")
         columns = self._convert(m, read)
@@ -224,28 +215,30 @@ class Weights(wiring.Component):
     def _keep(self, m: Module, read: Any, operands: list[Value], nans: list[Value]) -> None:
         """The tile register: a group of its own for each row of dot units if they are folded."""
         g = self._g
+        complete, folded = read.valid & read.last, read.folded
         if g.two:
             operands, nans = self._joined(m, read, operands), self._joined(m, read, nans)
+            late = delayed(m, read, 1, "read_late")
+            complete, folded = (read.valid & read.second) | (late.valid & late.last & ~late.second), late.folded
         width = OPERAND.size * g.lanes
         # Signals without a reset, and without a name for each field of each element.
         tile, any_nan = Signal(len(self.tile), reset_less=True), Signal(len(self.nan), reset_less=True)
         m.d.comb += [self.tile.eq(tile), self.nan.eq(any_nan)]
-        with m.If(read.valid & read.last):
+        with m.If(complete):
             for column, (value, nan) in enumerate(zip(operands, nans, strict=True)):
                 same = column % g.columns
                 if same != column:
-                    value = Mux(read.folded, value, operands[same])
-                    nan = Mux(read.folded, nan, nans[same])
+                    value = Mux(folded, value, operands[same])
+                    nan = Mux(folded, nan, nans[same])
                 m.d.sync += [tile[width * column : width * (column + 1)].eq(value), any_nan[column].eq(nan)]
 
     def _joined(self, m: Module, read: Any, columns: list[Value]) -> list[Value]:
-        """With a float32 tile's second half: the first half from a cycle before, the second from its converters."""
+        """What was converted a cycle before, but for a float32 tile's second half.
+
+        That half comes a cycle after the first, from the same converters.
+        """
         half = self._g.columns // 2
-        before = [
-            Signal(len(value), name=f"held{index}", reset_less=True) for index, value in enumerate(columns[:half])
-        ]
-        m.d.sync += [held.eq(value) for held, value in zip(before, columns, strict=False)]
-        joined = [*before, *columns[:half]]
-        return [Mux(read.second, late, value) for late, value in zip(joined, columns, strict=False)] + columns[
-            2 * half :
-        ]
+        held = [Signal(len(value), name=f"held{index}", reset_less=True) for index, value in enumerate(columns)]
+        m.d.sync += [late.eq(value) for late, value in zip(held, columns, strict=True)]
+        second = [Mux(read.second, value, late) for value, late in zip(columns[:half], held[half:], strict=False)]
+        return [*held[:half], *second, *held[2 * half :]]
