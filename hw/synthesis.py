@@ -3,8 +3,8 @@
 Each Verilog module is synthesised once, out of context and without flattening, and counts as often as it is
 instantiated. Yosys is no judge of deep or wide memories, so these are taken out before mapping and counted from their
 shapes (`memory_cells`). Nor does it put adders and registers into the DSP slices of UltraScale: `arith.dsp` is counted
-as the slice that it describes. LUTs are those of the netlist, shift registers among them, before two small ones share a site:
-a placed design has fewer.
+as the slice that it describes. LUTs are those of the netlist, shift registers among them, before two small ones share
+a site: a placed design has fewer.
 """
 
 from __future__ import annotations

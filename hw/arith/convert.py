@@ -104,8 +104,8 @@ def placed(byte: Any, short: Any, is_int8: Any) -> Any:
 class OperandFromMemory(wiring.Component):
     """A memory element as operand, as `to_operand(decode(raw))`; an absent lane is zero, whatever it holds.
 
-    `word` holds an int8 or fp16 in its lower half as `placed`, a bf16 in its upper half; the rest of it does not matter.
-    The ports are otherwise those of `OperandFromFloat32`.
+    `word` holds an int8 or fp16 in its lower half as `placed`, a bf16 in its upper half; the rest of it does not
+    matter. The ports are otherwise those of `OperandFromFloat32`.
     """
 
     def __init__(self, latency: int) -> None:
@@ -177,7 +177,7 @@ class _Element:
 
 
 def _significand(m: Module, raw: Any, fmt: Any) -> tuple[_Element, Any]:
-    """An fp16, or an int8 at bit 3, and the exponent field of its significand's highest bit. (For others: no matter.)"""
+    """A `placed` fp16 or int8, and the exponent field of its significand's highest bit; nonsense for other formats."""
     is_int8 = fmt[1]
     assert Format.INT8 & 2 and not Format.FP16 & 2 and not Format.BF16 & 2
     negative = named(m, is_int8 & raw[10], "negative")

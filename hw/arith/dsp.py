@@ -26,7 +26,7 @@ class MultiplyAdd(wiring.Component):
     """
 
     def __init__(self, a: Any, b: Any, c: Any, p: Any, *, drop: int, before: int, behind: int) -> None:
-        """A slice for operands of these shapes, `c` being None for a multiplier; at most 3 registers before, 1 behind."""
+        """A slice for operands of these shapes; `c` is None for a multiplier. At most 3 registers before, 1 behind."""
         self._drop, self._before, self._behind = drop, before, behind
         assert before <= _BEFORE and behind <= _SUM_REGISTERS
         for shape, bits in ((a, _A_BITS), (b, _B_BITS), (p, _C_BITS - drop)):

@@ -15,8 +15,9 @@ class WeightColumn(wiring.Component):
     """Operands of `lanes` elements, `latency` cycles after their bits.
 
     `bytes_1`, `bytes_2` and `bytes_4` hold the elements if they have that many bytes; `wide` columns have the last.
-    Lanes in `patch_lane` come from `by_column`, and with `patch_column` all come from `by_lane`: elements as
-    `convert.placed` gives them, and all zeros where there is no such patch. Only lanes in `lanes_present` of a `column_present` are. `nan` and `overflow` are those of any.
+    Lanes in `patch_lane` come from `by_column`, and with `patch_column` all come from `by_lane`: elements as the
+    converters take them, and all zeros where there is no such patch. Only lanes in `lanes_present` of a
+    `column_present` are. `nan` and `overflow` are those of any.
 
     `shared` are the Verilog modules that it instantiates.
     """

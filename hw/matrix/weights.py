@@ -82,7 +82,6 @@ class Weights(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         """Address, choose and convert, keep."""
         m = Module()
-        g = self._g
         read = delayed(m, self.read, FIFO_LAG, "read")
         m.d.comb += self.fifo_place.eq(read.place)
         read = delayed(m, read, FIFO_READ_CYCLES, "read_row")
