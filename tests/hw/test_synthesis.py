@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from amaranth.hdl import Cat, signed
 from amaranth.hdl import Module as Design
 from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from typebar.host.cli import app
 from typebar.hw import report as reports
+from typebar.hw.arith.dsp import multiply_add, sums
 from typebar.hw.replicate import Shared
 from typebar.hw.synthesis import KINDS, Module, memory_cells, synthesise, total
 
@@ -79,6 +81,23 @@ def test_replicas_are_synthesised_once_and_multiplied() -> None:
     assert {name: item.instances for name, item in modules.items()} == {"synthesised": 1, "part": 3}
     assert modules["part"].resources == {"LUT": 8, "FF": 8, "DSP": 0, "BRAM": 0.5, "URAM": 0}
     assert total(modules.values()) == {"LUT": 24, "FF": 24 + 16, "DSP": 0, "BRAM": 1.5, "URAM": 0}
+
+
+class _Slices(wiring.Component):
+    """A product shifted and added to a number, registers and all, and five sums."""
+
+    def __init__(self) -> None:
+        super().__init__({"a": In(10), "b": In(8), "c": In(signed(20)), "d": Out(signed(21)), "e": Out(10)})
+
+    def elaborate(self, platform: object) -> Design:
+        m = Design()
+        m.d.comb += self.d.eq(multiply_add(m, "one", self.a, self.b, self.c, signed(21), drop=7, before=2, behind=1))
+        m.d.comb += self.e.eq(Cat(part[:2] for part in sums(m, "more", [self.a] * 5, [self.b] * 5)))
+        return m
+
+
+def test_a_slice_counts_as_one_with_its_adders_and_registers() -> None:
+    assert total(synthesise(_Slices())) == {"LUT": 0, "FF": 0, "DSP": 3, "BRAM": 0, "URAM": 0}
 
 
 def _report(*_: object) -> reports.Report:
