@@ -346,7 +346,7 @@ def _numbers() -> str:
 - `add`, `sub`, `mul`, `max`, and `+` and `*` on vector registers, are float32 to nearest even;
 - `round_to(format, x)` is what a store does, and `float32(...)` what a load does;
 - `operand(x)` converts to the matrix unit's operand: 1 sign, 8 exponent and 10 fraction bits;
-- `dot(x, m)` is the aligned dot product of one chunk; absent lanes take no part;
+- `dot(x, m)` is the aligned dot product of one chunk, m with the exponents of its format; absent lanes take no part;
 - `tree_sum` adds adjacent pairs of the vector, extended with +0 to a power of two, level by level;
 - `function` is one of enumeration Function, and `activation` none or one of them.
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import Format, Patch
+from typebar.isa.numerics.formats import LEAST_EXPONENT
 from typebar.sim import kernels_matmul
 from typebar.sim.kernels_simd import GROUP
 from typebar.sim.kernels_vector import (
@@ -58,6 +59,7 @@ __all__ = [
 
 _ELEMENT = {Format.FP16: np.uint16, Format.BF16: np.int16, Format.INT8: np.int8, Format.FP32: np.float32}
 """Element types as the kernels tell formats apart."""
+_EXPONENT_BIAS = 127
 _PRODUCTS_PER_THREAD = 1 << 19
 """A thread is worth waking for this many products (about 200 microseconds)."""
 
@@ -180,12 +182,13 @@ def matmul(
     padded = -(-lanes // GROUP) * GROUP
     operands, powers = np.zeros((2, has_nan.size * padded), np.float32)
     vectors = np.ascontiguousarray(x, np.float32)
+    least = _EXPONENT_BIAS + LEAST_EXPONENT[fmt]
     flags |= kernels_matmul.convert_vectors(vectors, k, lanes, padded, operands, powers, has_nan)
 
     def columns(first: int, last: int) -> int:
         raised = kernels_matmul.matmul_columns(
             stored, operands, powers, has_nan, k, lanes, padded, width, n, last_width,
-            int(kind), patch_at, raw_patch, first, last, out,
+            int(kind), patch_at, raw_patch, first, last, least, out,
         )  # fmt: skip
         return int(raised)
 

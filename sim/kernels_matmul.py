@@ -62,8 +62,8 @@ def _decode_rest(raw, at, first, count, padded, values):  # type: ignore[no-unty
 
 
 @compiled
-def _exact_sum(w, x, at, count):  # type: ignore[no-untyped-def]
-    """A chunk's sum by integers, for any operands; returns (sum, flags)."""
+def _exact_sum(w, x, at, count, least):  # type: ignore[no-untyped-def]
+    """A chunk's sum by integers, for any operands, the exponent of w being at least `least`; returns (sum, flags)."""
     flags = 0
     top = np.int64(-1000)
     nan = False
@@ -75,7 +75,7 @@ def _exact_sum(w, x, at, count):  # type: ignore[no-untyped-def]
         if w_bits > EXPONENT or x_bits > EXPONENT:
             nan = True
         if w_bits != 0 and x_bits != 0:
-            top = max(top, (w_bits >> 23) + (x_bits >> 23) - 254)
+            top = max(top, max(w_bits >> 23, least) + (x_bits >> 23) - 254)
     if nan:
         return bits_f32(NAN_BITS), flags
     total = np.int64(0)
@@ -96,13 +96,13 @@ def _exact_sum(w, x, at, count):  # type: ignore[no-untyped-def]
 @compiled
 def matmul_columns(  # type: ignore[no-untyped-def]
     stored, operands, powers, has_nan, k, lanes, padded, width, columns, last_width,
-    patch_kind, patch_at, patch, first, last, out,
+    patch_kind, patch_at, patch, first, last, least, out,
 ):  # fmt: skip
     """Add the products of vectors and columns first..last-1 of a packed matrix to out [m, n].
 
     `stored` holds the matrix's raw elements from its first on; `columns` of them, in blocks of `width`, the last
     block stored at `last_width`. `patch` holds raw elements: k for a column, n for a lane. The vectors come as
-    `convert_vectors` leaves them. Returns flags.
+    `convert_vectors` leaves them. `least` is the exponent field that an element has at least. Returns flags.
 
     The loops stand in one function because passing arrays on costs reference counts, more than a chunk takes.
     """
@@ -110,6 +110,7 @@ def matmul_columns(  # type: ignore[no-untyped-def]
     rows, chunks = has_nan.shape
     values, products = np.empty(padded, np.float32), np.empty(padded, np.float32)
     groups = padded // GROUP
+    lowest = np.int32(least << 23)
     for block in range(first // width, (last + width - 1) // width):
         start = block * width
         block_width = width if start + width < columns else last_width
@@ -130,10 +131,10 @@ def matmul_columns(  # type: ignore[no-untyped-def]
                     values[patch_at - k0] = as_operand(patch[column])
                 for r in range(rows):
                     x_at = (r * chunks + c) * padded
-                    top = multiply_groups(values, operands, powers, x_at, groups, products)
+                    top = multiply_groups(values, operands, powers, x_at, groups, products, lowest)
                     exponent = (top >> 23) - 127
                     if has_nan[r, c] or exponent > MAX_FAST_EXPONENT:
-                        total, raised = _exact_sum(values, operands, x_at, count)
+                        total, raised = _exact_sum(values, operands, x_at, count, np.int64(least))
                         flags |= raised
                     elif top == 0:
                         total = np.float32(0)

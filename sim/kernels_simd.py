@@ -165,6 +165,13 @@ class _Vectors:
             ir.Constant(groups.type, GROUP),
         )
 
+    def repeated(self, value: Any) -> Any:
+        """Pointer to a vector of one value."""
+        vector = ir.Constant(ir.VectorType(value.type, GROUP), ir.Undefined)
+        for lane in range(GROUP):
+            vector = self.builder.insert_element(vector, value, _WORD(lane))
+        return cgutils.alloca_once_value(self.builder, vector)
+
     def reduce(self, name: str, vector: Any) -> Any:
         """LLVM's horizontal reduction `name` of an integer vector."""
         kind = vector.type
@@ -195,29 +202,33 @@ def decode_groups(_context: Any, raw: Any, at: Any, groups: Any, values: Any) ->
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def multiply_groups(_context: Any, w: Any, x: Any, powers: Any, at: Any, groups: Any, products: Any) -> Any:
+def multiply_groups(_context: Any, w: Any, x: Any, powers: Any, at: Any, groups: Any, products: Any, least: Any) -> Any:
     """products = w * x[at :], and the largest bit pattern of 2^(exponent of w + exponent of x), as an int32.
 
-    `powers` holds 2^exponent of x, 0 for zero. A zero product counts 0. A w that is not finite counts infinity.
+    `powers` holds 2^exponent of x, 0 for zero. `least` is the bit pattern of 2^exponent that a w has at least. A zero
+    product counts 0. A w that is not finite counts infinity.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         vectors = _Vectors(context, builder, signature, args)
         word = ir.VectorType(_WORD, GROUP)
         top = cgutils.alloca_once_value(builder, _constant(word, 0))
+        lowest = vectors.repeated(args[6])
         with vectors.indices(args[4]) as (index, _):
             from_x = builder.add(args[3], index)
             value = vectors.load(0, index)
             vectors.store(builder.fmul(value, vectors.load(1, from_x)), 5, index)
             field = _Bits(builder, builder.bitcast(value, word))("and_", _EXPONENT)
-            power = builder.fmul(builder.bitcast(field.value, value.type), vectors.load(2, from_x))
+            low = builder.icmp_signed("<", field.value, builder.load(lowest))
+            raised = field.replace(low, _Bits(builder, builder.load(lowest))).replace(field.test("==", 0), 0)
+            power = builder.fmul(builder.bitcast(raised.value, value.type), vectors.load(2, from_x))
             scaled = _Bits(builder, builder.bitcast(power, word)).replace(field.test("==", _EXPONENT), field)
             so_far = builder.load(top)
             larger = builder.icmp_signed(">", scaled.value, so_far)
             builder.store(builder.select(larger, scaled.value, so_far), top)
         return vectors.reduce("smax", builder.load(top))
 
-    return types.int32(w, x, powers, types.intp, types.intp, products), generate
+    return types.int32(w, x, powers, types.intp, types.intp, products, types.int32), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -227,11 +238,7 @@ def sum_groups(_context: Any, products: Any, groups: Any, scale: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         vectors = _Vectors(context, builder, signature, args)
         word, wide = ir.VectorType(_WORD, GROUP), ir.VectorType(ir.IntType(64), GROUP)
-        factor = cgutils.alloca_once(builder, ir.VectorType(_FLOAT, GROUP))
-        vector = ir.Constant(ir.VectorType(_FLOAT, GROUP), ir.Undefined)
-        for lane in range(GROUP):
-            vector = builder.insert_element(vector, args[2], _WORD(lane))
-        builder.store(vector, factor)
+        factor = vectors.repeated(args[2])
         total = cgutils.alloca_once_value(builder, _constant(word, 0))
         with vectors.indices(args[1]) as (index, _):
             scaled = builder.fmul(vectors.load(0, index), builder.load(factor))

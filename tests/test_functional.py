@@ -305,7 +305,9 @@ def matmul_reference(
             src = field["src"] + o * field["src_outer"] + i * field["src_inner"]
             y = field["dst"] + o * field["dst_outer"] + i * field["dst_inner"]
             start = old[None, y : y + n] if field["accumulate"] else None
-            result, raised = golden.dot(weights, old[None, src : src + k], bench.machine.matrix.lanes, start)
+            result, raised = golden.dot(
+                weights, old[None, src : src + k], bench.machine.matrix.lanes, start, fmt=element
+            )
             flags |= raised
             row = result[0]
             if field["scaling"]:
@@ -462,9 +464,11 @@ def test_a_cache_written_by_stores_reads_like_a_packed_matrix_and_a_patch_like_a
         mixed = op("matmul", region=Region.KV, line=line, dst=3072, src=1024, k=length, n=head, outer=1, inner=1)
         bench.run(scores, mixed)
         got = bench.registers[2048 : 2048 + length].copy(), bench.registers[3072 : 3072 + head].copy()
-        expected = golden.dot(golden.decode(stored[:length].T, Format.FP16), query[None], 8)[0][0]
+        expected = golden.dot(golden.decode(stored[:length].T, Format.FP16), query[None], 8, fmt=Format.FP16)[0][0]
         assert np.array_equal(bits(got[0]), bits(expected))
-        expected = golden.dot(golden.decode(stored[:length], Format.FP16), weights[None, :length], 8)[0][0]
+        expected = golden.dot(golden.decode(stored[:length], Format.FP16), weights[None, :length], 8, fmt=Format.FP16)[
+            0
+        ][0]
         assert np.array_equal(bits(got[1]), bits(expected))
         # The last position from registers gives the same, whatever memory holds there.
         kept = cache.copy()

@@ -135,17 +135,30 @@ def expected_operand(bits: int) -> tuple[int, bool]:
     return struct.unpack("<I", struct.pack("<f", float(nearest)))[0], False
 
 
-def expected_chunk(w: list[int], x: list[int]) -> int:
-    """A chunk's sum of operands, from the design's sentences."""
+def exponent_of(value: Fraction) -> int:
+    """The exponent of a number that float64 holds."""
+    return math.frexp(float(value))[1] - 1
+
+
+def stored_exponent(raw: int, fmt: Format) -> int:
+    """The exponent that a raw element shows, whatever its value is."""
+    if fmt is Format.INT8:
+        return 7
+    return max(raw >> 10 & 31, 1) - 15 if fmt is Format.FP16 else (raw >> 7 & 255) - 127
+
+
+def expected_chunk(w: list[int], x: list[int], exponents: list[int] | None = None) -> int:
+    """A chunk's sum of operands, from the design's sentences; `exponents` of w if they are not its values' own."""
     if any(is_nan_bits(bits) for bits in w + x):
         return NAN
-    pairs = [(Fraction(value_of(a)), Fraction(value_of(b))) for a, b in zip(w, x, strict=True)]
-    pairs = [(a, b) for a, b in pairs if a * b != 0]
-    if not pairs:
+    factors = [(Fraction(value_of(a)), Fraction(value_of(b))) for a, b in zip(w, x, strict=True)]
+    products = [a * b for a, b in factors]
+    if not any(products):
         return 0
-    top = max(math.frexp(float(a))[1] - 1 + math.frexp(float(b))[1] - 1 for a, b in pairs)
-    unit = Fraction(2) ** (top - 23)
-    total = sum((math.floor(abs(a * b) / unit) * unit * (1 if a * b > 0 else -1) for a, b in pairs), Fraction(0))
+    own = [exponent_of(a) if a else 0 for a, _ in factors]
+    tops = [e + exponent_of(b) for (a, b), e in zip(factors, exponents or own, strict=True) if a * b != 0]
+    unit = Fraction(2) ** (max(tops) - 23)
+    total = sum((math.floor(abs(p) / unit) * unit * (1 if p > 0 else -1) for p in products), Fraction(0))
     return float32_bits(total)
 
 
@@ -201,6 +214,45 @@ def test_chunk_sum_is_the_specified_one(pairs: list[tuple[int, int]]) -> None:
     assert got[0, 0] == expected_chunk(w, x)
 
 
+@given(
+    fmt=st.sampled_from([Format.FP16, Format.BF16, Format.INT8]),
+    pairs=st.lists(st.tuples(st.integers(0, 2**16 - 1), st.integers(0, 31), operand_bits), min_size=1, max_size=9),
+    narrow=st.booleans(),
+)
+@settings(max_examples=1000, deadline=None)
+def test_a_weights_exponent_is_that_of_its_storage(
+    fmt: Format, pairs: list[tuple[int, int, int]], narrow: bool
+) -> None:
+    """fp16's subnormals and int8 are as they lie in memory; infinities are the largest operand."""
+    elements = [
+        raw & (0x83FF if narrow and fmt is Format.FP16 else 0xFFFF) >> (8 * (fmt is Format.INT8)) for raw, _, _ in pairs
+    ]
+    raw = np.array(elements, np.uint16).astype(raw_dtype(fmt))
+    # Around the magnitudes at which what an unnormalised weight brings is cut off.
+    x = [bits if narrow else (bits & 0x807FE000) + (near + 112 << 23) for _, near, bits in pairs]
+    x = [NAN if is_nan_bits(bits) else bits for bits in x]
+    weights = decode(raw[:, None], fmt)
+    w = [expected_operand(int(bits))[0] for bits in bits_of(weights)[:, 0]]
+    exponents = [
+        127 if expected_operand(int(b))[1] else stored_exponent(e, fmt)
+        for b, e in zip(bits_of(weights)[:, 0], elements, strict=True)
+    ]
+    got, _ = dot(weights, floats(x)[None], 9, fmt=fmt)
+    assert bits_of(got)[0, 0] == expected_chunk(w, x, exponents)
+
+
+def test_an_unnormalised_weight_raises_the_common_exponent() -> None:
+    small, x = np.float32(2.0**-24), np.array([[1.0, 2.0**-14, 2.0**-20]], np.float32)
+    column = np.array([[small], [small], [small]])
+    # E is -14: the last place kept is 2^-37, and 2^-38 and 2^-44 are cut off. Of bf16, where E is -24, both stay.
+    assert dot(column, x, 8, fmt=Format.FP16)[0][0, 0] == small
+    assert dot(column, x, 8, fmt=Format.BF16)[0][0, 0] == np.float32(2.0**-24 + 2.0**-38 + 2.0**-44)
+    ones, x = np.ones((2, 1), np.float32), np.array([[1.0, 2.0**-17]], np.float32)
+    # Of int8 E is 7 and the last place 2^-16.
+    assert dot(ones, x, 8, fmt=Format.INT8)[0][0, 0] == 1
+    assert dot(ones, x, 8, fmt=Format.FP16)[0][0, 0] == np.float32(1 + 2.0**-17)
+
+
 def test_alignment_is_to_the_operands_exponents_not_to_the_products() -> None:
     small = 2.0**-12, 2.0**-11
     w = np.array([1.5, small[0], small[0]], np.float32)[:, None]
@@ -222,7 +274,7 @@ def test_dot_accumulates_chunks_in_ascending_order() -> None:
     weights = rng.standard_normal((k, n)).astype(np.float16).astype(np.float32)
     x = rng.standard_normal((m, k)).astype(np.float32)
     start = rng.standard_normal((m, n)).astype(np.float32)
-    got, flags = dot(weights, x, lanes, start)
+    got, flags = dot(weights, x, lanes, start, fmt=Format.FP16)
     operands = [[expected_operand(int(b))[0] for b in row] for row in bits_of(x)]
     for r in range(m):
         for j in range(n):
@@ -236,17 +288,17 @@ def test_dot_accumulates_chunks_in_ascending_order() -> None:
 
 def test_dot_is_never_minus_zero() -> None:
     weights = np.array([[1.0], [-1.0]], np.float32)
-    got, _ = dot(weights, np.ones((1, 2), np.float32), 1, np.full((1, 1), -0.0, np.float32))
+    got, _ = dot(weights, np.ones((1, 2), np.float32), 1, np.full((1, 1), -0.0, np.float32), fmt=Format.FP32)
     assert bits_of(got)[0, 0] == 0
-    got, _ = dot(-weights, np.zeros((1, 2), np.float32), 2)
+    got, _ = dot(-weights, np.zeros((1, 2), np.float32), 2, fmt=Format.FP32)
     assert bits_of(got)[0, 0] == 0
 
 
 def test_dot_reports_overflowing_operands_and_bad_shapes() -> None:
-    _, flags = dot(np.ones((1, 1), np.float32), np.full((1, 1), np.inf, np.float32), 8)
+    _, flags = dot(np.ones((1, 1), np.float32), np.full((1, 1), np.inf, np.float32), 8, fmt=Format.FP32)
     assert flags == NumericFlag.OPERAND_OVERFLOW
     with pytest.raises(TypebarError, match="dot needs weights"):
-        dot(np.ones((2, 1), np.float32), np.ones((1, 3), np.float32), 8)
+        dot(np.ones((2, 1), np.float32), np.ones((1, 3), np.float32), 8, fmt=Format.FP32)
 
 
 @given(st.lists(any_bits, max_size=13))

@@ -112,7 +112,7 @@ def test_matmul(
         memory, 64, fmt, x, k, n, lanes, width,
         granule=granule, full=full, acc=acc, patch_kind=patch_kind, patch_at=patch_at, patch=patch,
     )  # fmt: skip
-    expected, dot_flags = golden.dot(weights, x[:, :k], lanes, acc)
+    expected, dot_flags = golden.dot(weights, x[:, :k], lanes, acc, fmt=fmt)
     assert same(got, expected)
     assert got_flags == flags | dot_flags
 
@@ -133,7 +133,7 @@ def test_dot_of_any_float32(pairs: list[tuple[int, int]], lanes: int) -> None:
         np.random.default_rng(0),
     )
     got, flags = kernels.matmul(memory, 0, Format.FP32, x[None].copy(), len(w), 1, lanes, 4)
-    expected, expected_flags = golden.dot(w[:, None], x[None], lanes)
+    expected, expected_flags = golden.dot(w[:, None], x[None], lanes, fmt=Format.FP32)
     assert same(got, expected) and flags == expected_flags
 
 
@@ -294,7 +294,7 @@ def test_the_processors_flush_mode_has_no_say() -> None:
         both += [k.unary(function, x) for k in (kernels, golden) for function in Function]
         both += [k.encode(x, Format.FP16)[0].astype(np.uint32) for k in (kernels, golden)]
         both += [k.decode(halves, Format.FP16) for k in (kernels, golden)]
-        both += [dots, golden.dot(decode(halves[: x.size], Format.FP16)[:, None], x[None], 64)[0]]
+        both += [dots, golden.dot(decode(halves[: x.size], Format.FP16)[:, None], x[None], 64, fmt=Format.FP16)[0]]
         return [value.view(np.uint32) for value in both]
 
     expected = results()

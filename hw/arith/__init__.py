@@ -12,6 +12,6 @@ Results equal `typebar.isa.numerics` bit for bit, for every latency. Where regis
 | `compare.Comparator` | 1 | 2 | `maximum`; a > b |
 | `convert.OperandFromFloat32`, `OperandFromMemory`, `OperandFromShort` | 1 | 2 | `to_operand`, of `decode` |
 | `convert.Float32FromMemory`, `MemoryFromFloat32` | 1 | 2 | `decode`, `encode` |
-| `dot.DotProduct` | 1 | 10 for 64 lanes, 8 for 8 | `chunk_sum` |
+| `dot.DotProduct` | 1 | 15 for 64 lanes, 13 for 8 | `chunk_sum` |
 | `unary.UnaryEvaluator` | 2 | 11 | `unary` |
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
@@ -15,6 +15,7 @@ from typebar.isa.instructions import Format
 from typebar.isa.numerics.formats import (
     CANONICAL_NAN,
     EXPONENT,
+    LEAST_EXPONENT,
     OPERAND_DROPPED_BITS,
     OPERAND_MAX_BITS,
     OPERAND_MIN_EXPONENT,
@@ -28,10 +29,14 @@ _INT8_AT = 3
 FP16_NAN, FP16_INFINITY, BF16_NAN, BF16_INFINITY = 0x7E00, 0x7C00, 0x7FC0, 0x7F80
 
 
-OPERAND = data.StructLayout({"fraction": 23 - OPERAND_DROPPED_BITS, "exponent": 8, "sign": 1})
-"""The matrix unit's operand: a float32 without its lowest 13 fraction bits, zero being all zeros. Exponent field 0 is
-zero; 255 does not occur, a NaN being told by a bit beside the operands."""
-_OPERAND_PORTS = {"present": In(1), "operand": Out(OPERAND), "overflow": Out(1), "nan": Out(1)}
+SIGNIFICAND_BITS = 24 - OPERAND_DROPPED_BITS
+OPERAND = data.StructLayout({"significand": SIGNIFICAND_BITS, "exponent": 8, "nonzero": 1, "sign": 1})
+"""The matrix unit's operand: (-1)^sign significand 2^(exponent - 127 - 10), zero unless `nonzero`, whatever the other
+fields hold. The exponent of another one is from 77 to 254. A NaN is told by a bit beside the operands."""
+_FLAG_PORTS = {"operand": Out(OPERAND), "overflow": Out(1), "nan": Out(1)}
+_SMALLEST = BIAS + OPERAND_MIN_EXPONENT
+_LARGEST = OPERAND_MAX_BITS >> 23
+"""Exponent fields of the smallest operand and of the largest."""
 
 
 def _small(m: Module, raw: Any, fmt: Any) -> tuple[Any, Any, Any]:
@@ -62,7 +67,7 @@ class OperandFromFloat32(wiring.Component):
     def __init__(self, latency: int) -> None:
         """A converter of `latency` >= 1 cycles."""
         self.latency = latency
-        super().__init__({"x": In(32), **_OPERAND_PORTS})
+        super().__init__({"x": In(32), "present": In(1), **_FLAG_PORTS})
 
     def elaborate(self, platform: object) -> Module:
         """Round, then limit: two places to cut."""
@@ -70,9 +75,17 @@ class OperandFromFloat32(wiring.Component):
         pipe = Pipeline(m, cuts=CUTS, latency=self.latency)
         rounded, nan = _round_operand(self.x)
         s = pipe.cut(rounded=rounded, sign=self.x[31], nan=nan & self.present, present=self.present)
-        bits, overflow = _limit_operand(m, s.rounded, s.sign)
-        s = pipe.cut(bits=Mux(s.present, bits, 0), overflow=overflow & s.present & ~s.nan, nan=s.nan)
-        m.d.comb += [self.operand.eq(s.bits), self.overflow.eq(s.overflow), self.nan.eq(s.nan)]
+        overflow = named(m, s.rounded > OPERAND_MAX_BITS >> OPERAND_DROPPED_BITS, "too_large")
+        fraction = s.rounded[: SIGNIFICAND_BITS - 1] | overflow.replicate(SIGNIFICAND_BITS - 1)
+        s = pipe.cut(
+            significand=Cat(fraction, Const(1, 1)),
+            exponent=Mux(overflow, _LARGEST, s.rounded[SIGNIFICAND_BITS - 1 :])[:8],
+            nonzero=s.present & (s.rounded >= _SMALLEST << (SIGNIFICAND_BITS - 1)),
+            sign=s.sign,
+            overflow=overflow & s.present & ~s.nan,
+            nan=s.nan,
+        )
+        _connect(m, self, s)
         assert pipe.complete
         return m
 
@@ -84,13 +97,10 @@ def _round_operand(x: Any) -> tuple[Any, Any]:
     return kept + (guard & (sticky | kept[0])), x[23:31].all() & x[:23].any()
 
 
-def _limit_operand(m: Module, rounded: Any, sign: Any) -> tuple[Any, Any]:
-    """Operand bits of a rounded magnitude, and whether it overflowed."""
-    largest = OPERAND_MAX_BITS >> OPERAND_DROPPED_BITS
-    smallest = (BIAS + OPERAND_MIN_EXPONENT) << (23 - OPERAND_DROPPED_BITS)
-    overflow = named(m, rounded > largest, "overflow")
-    kept = Cat(Mux(overflow, largest, rounded)[:18], sign)
-    return Mux(rounded < smallest, 0, kept), overflow
+def _connect(m: Module, unit: Any, s: Any) -> None:
+    """A converter's outputs."""
+    operand = Cat(s.significand, s.exponent, s.nonzero, s.sign)
+    m.d.comb += [unit.operand.eq(operand), unit.overflow.eq(s.overflow), unit.nan.eq(s.nan)]
 
 
 def placed(byte: Any, short: Any, is_int8: Any) -> Any:
@@ -102,20 +112,21 @@ def placed(byte: Any, short: Any, is_int8: Any) -> Any:
 
 
 class OperandFromMemory(wiring.Component):
-    """A memory element as operand, as `to_operand(decode(raw))`; an absent lane is zero, whatever it holds.
+    """A memory element as operand, its significand as it lies there; a float32's is rounded.
 
     `word` holds an int8 or fp16 in its lower half as `placed`, a bf16 in its upper half; the rest of it does not
-    matter. The ports are otherwise those of `OperandFromFloat32`.
+    matter. All zeros are a zero. The ports are otherwise those of `OperandFromFloat32`.
     """
 
     def __init__(self, latency: int) -> None:
         """A converter of `latency` >= 1 cycles."""
         self.latency = latency
-        super().__init__({"word": In(32), "format": In(FORMAT_BITS), **_OPERAND_PORTS})
+        super().__init__({"word": In(32), "format": In(FORMAT_BITS), **_FLAG_PORTS})
 
     def elaborate(self, platform: object) -> Module:
-        """bf16 and float32 are rounded; their significands are normal, or too small to matter."""
+        """A bf16 is a float32 with nothing to round: round, then choose."""
         m = Module()
+        pipe = Pipeline(m, cuts=CUTS, latency=self.latency)
         raw, is_wide, is_fp32 = self.word, self.format[0], named(m, self.format == Format.FP32, "is_fp32")
         assert Format.BF16 & 1 and Format.FP32 & 1 and not Format.FP16 & 1 and not Format.INT8 & 1
         guard, sticky = raw[OPERAND_DROPPED_BITS - 1] & is_fp32, raw[: OPERAND_DROPPED_BITS - 1].any()
@@ -123,23 +134,36 @@ class OperandFromMemory(wiring.Component):
         rounded = named(m, (kept + (guard & (sticky | kept[0])))[:18], "rounded")
         infinite = raw[23:31].all()
         # The largest operands round up to infinity.
-        top = named(m, infinite | (kept[:10].all() & guard & raw[24:31].all()), "wide_top")
+        top = infinite | (kept[:10].all() & guard & raw[24:31].all())
         nan = infinite & (raw[16:23].any() | (raw[:16].any() & is_fp32))
-        element, exponent = _significand(m, raw[:16], self.format)
-        small_top = ~is_wide & element.top
-        s = _Element(
-            significand=Mux(is_wide, Cat(rounded[:10], Const(1, 1)), element.significand),
-            top=named(m, Mux(is_wide, top, small_top), "top"),
-            nan=Mux(is_wide, nan, small_top & raw[:10].any()),
+        element = _element(m, raw[:16], self.format)
+        s = pipe.cut(
+            rounded=rounded,
+            significand=element.significand,
+            exponent=element.exponent,
+            is_wide=is_wide,
+            top=named(m, Mux(is_wide, top, element.top), "top"),
+            nan=Mux(is_wide, nan, element.top & raw[:10].any()),
+            nonzero=element.nonzero & ~is_wide,
             sign=Mux(is_wide, raw[31], element.sign),
         )
-        exponent = Mux(is_wide, rounded[10:], exponent)
-        _operand_of(m, self, s, exponent, is_wide)
+        exponent = named(m, s.rounded[SIGNIFICAND_BITS - 1 :], "rounded_exponent")
+        significand = Cat(s.rounded[: SIGNIFICAND_BITS - 1], Const(1, 1))
+        s = pipe.cut(
+            significand=Mux(s.top, -1, Mux(s.is_wide, significand, s.significand))[:SIGNIFICAND_BITS],
+            exponent=Mux(s.top, _LARGEST, Mux(s.is_wide, exponent, s.exponent))[:8],
+            nonzero=s.nonzero | (s.is_wide & (s.top | (exponent >= _SMALLEST))),
+            sign=s.sign,
+            overflow=s.top & ~s.nan,
+            nan=s.nan,
+        )
+        _connect(m, self, s)
+        assert pipe.complete
         return m
 
 
 class OperandFromShort(wiring.Component):
-    """`OperandFromMemory` for the formats of at most 16 bits, of half its size: there is nothing to round.
+    """`OperandFromMemory` for the formats of at most 16 bits: there is nothing to round.
 
     `element` is `placed`.
     """
@@ -147,37 +171,36 @@ class OperandFromShort(wiring.Component):
     def __init__(self, latency: int) -> None:
         """A converter of `latency` >= 1 cycles; FP32 as format gives a meaningless operand."""
         self.latency = latency
-        super().__init__({"element": In(16), "format": In(FORMAT_BITS), **_OPERAND_PORTS})
+        super().__init__({"element": In(16), "format": In(FORMAT_BITS), **_FLAG_PORTS})
 
     def elaborate(self, platform: object) -> Module:
-        """A bf16's significand is one of 8 bits with leading zeros, which do not count in its exponent."""
+        """Choose and limit in one, kept as often as may be."""
         m = Module()
+        pipe = Pipeline(m, cuts=CUTS, latency=self.latency)
         raw, is_bf16 = self.element, self.format[0]
-        element, exponent = _significand(m, raw, self.format)
-        bf16 = Cat(element.significand[:7], Const(1, 4))
+        element = _element(m, raw, self.format)
         top = named(m, element.top & (~is_bf16 | raw[7:10].all()), "top")
-        s = _Element(
-            significand=Mux(is_bf16, bf16, element.significand),
-            top=top,
-            nan=top & (raw[:7].any() | (raw[7:10].any() & ~is_bf16)),
+        nan = top & (raw[:7].any() | (raw[7:10].any() & ~is_bf16))
+        significand = Mux(is_bf16, Cat(Const(0, 3), raw[:7], Const(1, 1)), element.significand)
+        s = pipe.cut(
+            significand=Mux(top, -1, significand)[:SIGNIFICAND_BITS],
+            exponent=Mux(top, _LARGEST, Mux(is_bf16, raw[7:15], element.exponent))[:8],
+            nonzero=Mux(is_bf16, raw[7:15] >= _SMALLEST, element.nonzero),
             sign=element.sign,
+            overflow=top & ~nan,
+            nan=nan,
         )
-        _operand_of(m, self, s, Mux(is_bf16, raw[7:15], exponent), is_bf16)
+        s = pipe.cut(**vars(s))
+        _connect(m, self, s)
+        assert pipe.complete
         return m
 
 
-@dataclass
-class _Element:
-    """An element taken apart: 11-bit significand; `top` if infinite or NaN."""
+def _element(m: Module, raw: Any, fmt: Any) -> SimpleNamespace:
+    """A `placed` fp16 or int8: sign, significand, exponent field, whether it is not zero, `top` if infinite or NaN.
 
-    significand: Any
-    top: Any
-    nan: Any
-    sign: Any
-
-
-def _significand(m: Module, raw: Any, fmt: Any) -> tuple[_Element, Any]:
-    """A `placed` fp16 or int8, and the exponent field of its significand's highest bit; nonsense for other formats."""
+    Of other formats only `sign` and `top` mean something: the sign, and that five bits above the tenth are set.
+    """
     is_int8 = fmt[1]
     assert Format.INT8 & 2 and not Format.FP16 & 2 and not Format.BF16 & 2
     negative = named(m, is_int8 & raw[10], "negative")
@@ -186,55 +209,16 @@ def _significand(m: Module, raw: Any, fmt: Any) -> tuple[_Element, Any]:
     bits = [raw[bit] ^ (negative & raw[_INT8_AT:bit].any()) for bit in range(_INT8_AT + 1, 10)]
     highest = Mux(is_int8, raw[10] & ~raw[_INT8_AT:10].any(), normal)
     low = raw[:_INT8_AT] & ~is_int8.replicate(_INT8_AT)
+    # Rebiased from fp16's 15; a subnormal counts like exponent field 1.
     exponent = Cat(raw[10] | ~normal, raw[11:14], ~raw[14].replicate(3), raw[14])
-    return _Element(
+    around = raw[:_INT8_AT].any() | raw[11:15].any()
+    return SimpleNamespace(
         significand=named(m, Cat(low, raw[_INT8_AT], *bits, highest), "element"),
+        exponent=Mux(is_int8, BIAS + LEAST_EXPONENT[Format.INT8], exponent)[:8],
+        nonzero=raw[_INT8_AT:11].any() | (around & ~is_int8),
         top=~is_int8 & raw[10:15].all(),
-        nan=Const(0),
         sign=Mux(is_int8, raw[10], raw[15]),
-    ), Mux(is_int8, BIAS + 7, exponent)
-
-
-def _operand_of(m: Module, unit: Any, s: _Element, exponent: Any, is_normal: Any) -> None:
-    """The operand of an element with such an exponent field; if it `is_normal`, leading zeros do not lower that."""
-    pipe = Pipeline(m, cuts=CUTS, latency=unit.latency)
-    value = named(m, s.significand | s.top.replicate(11), "value")
-    # Eight places, and four: three bits can go up by eight, and nothing is below them then.
-    zeros8 = named(m, ~value[3:].any(), "zeros8")
-    zeros4 = named(m, Mux(zeros8, ~value[:3].any(), ~value[7:].any()), "zeros4")
-    byte = Cat(value[:3] & ~zeros8.replicate(3), value[3:8], Mux(zeros8, value[:3], value[8:]))
-    half = Mux(zeros4, Cat(Const(0, 4), byte[:7]), byte)
-    largest = OPERAND_MAX_BITS >> 23
-    c = pipe.cut(
-        half=half,
-        zeros=Cat(zeros4, zeros8),
-        exponent=Mux(s.top, largest, exponent)[:8],
-        normal=is_normal,
-        sign=s.sign,
-        present=unit.present,
-        overflow=s.top & ~s.nan & unit.present,
-        nan=s.nan & unit.present,
     )
-    zeros2 = named(m, ~c.half[9:].any(), "zeros2")
-    zeros1 = named(m, ~Mux(zeros2, c.half[8], c.half[10]), "zeros1")
-    places = Cat(zeros1, zeros2)
-    fraction = _up_to_three(m, c.half, places)
-    lowered = c.exponent - Cat(places & ~c.normal.replicate(2), c.zeros)
-    nothing = ~c.present | ~c.half[7:].any() | (c.exponent < BIAS + OPERAND_MIN_EXPONENT)
-    bits = Mux(nothing, 0, Cat(fraction, lowered[:8], c.sign))
-    c = pipe.cut(bits=bits, overflow=c.overflow, nan=c.nan)
-    m.d.comb += [unit.operand.eq(c.bits), unit.overflow.eq(c.overflow), unit.nan.eq(c.nan)]
-    assert pipe.complete
-
-
-def _up_to_three(m: Module, value: Any, places: Any) -> Any:
-    """The lowest 10 bits of `value` shifted up by `places` (2 bits), four-to-one."""
-    result = Signal(10, name="fraction")
-    with m.Switch(places):
-        for case in range(4):
-            with m.Case(case):
-                m.d.comb += result.eq(Cat(Const(0, case), value))
-    return result
 
 
 class Float32FromMemory(wiring.Component):

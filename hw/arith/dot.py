@@ -22,6 +22,7 @@ from typebar.isa.numerics.dot import ALIGNED_FRACTION_BITS
 PRODUCT_BITS = 22
 PRODUCT_FRACTION_BITS = 20
 EXPONENT_BITS = 10
+"""Bits of a product's exponent: the sum of two fields, and whether the product is not zero above it."""
 ALIGNED_BITS = PRODUCT_BITS + ALIGNED_FRACTION_BITS - PRODUCT_FRACTION_BITS
 _FINE_BITS = 3
 _FINE = 1 << _FINE_BITS
@@ -36,7 +37,7 @@ _LEVELS = 3
 
 def cuts(lanes: int) -> int:
     """Places where a dot unit of `lanes` lanes may be cut."""
-    return _rounds(lanes) + 2 + _CHAIN + _sums(lanes) + 2
+    return 1 + _rounds(lanes) + 2 + _CHAIN + _sums(lanes) + 2
 
 
 def _rounds(lanes: int) -> int:
@@ -59,9 +60,9 @@ class DotProduct(wiring.Component):
     Absent lanes must come as zeros, and `nan` tells of a NaN in a present one: both belong to the conversion of
     operands, which many dot units share.
 
-    An operand's exponent field is 0 or at least 77, so its two highest bits tell whether it is not zero. That bit, put
-    above the exponent, makes the sum of two exponents 10 bits: at least 666 where the product is not zero, at most
-    510 where it is, so a zero product never has the largest exponent beside others.
+    A product's exponent is the sum of two exponent fields, at most 510, and 512 more if the product is not zero, which
+    the sum of the operands' bits for that tells. One that is has at least 512 + 2 x 77, so a zero product never has the
+    largest exponent beside others, and is then shifted out, whatever its significands hold.
 
     Magnitudes are truncated before they get their sign: a negative one is inverted, which shifting and truncating
     does not change, and the missing ones are added to the sum.
@@ -83,21 +84,22 @@ class DotProduct(wiring.Component):
         """Multiply, find the largest exponent, align, add, normalise, round."""
         m = Module()
         pipe = Pipeline(m, cuts=cuts(self.lanes), latency=self.latency)
-        s = SimpleNamespace(**self._lanes(m), nan=self.nan)
         rounds = _rounds(self.lanes)
-        products = self._products(m, pipe.ahead(rounds + 1), s)
-        tops = list(s.exponents)
-        # Their highest bit is for comparing: distances that matter are below 512.
-        s.exponents = [exponent[:-1] for exponent in s.exponents]
+        first, *ahead = pipe.ahead(1 + rounds + 1)
+        lanes = self._lanes(m, first)
+        products = self._products(m, [first, *ahead], lanes)
+        s = pipe.cut(signs=lanes.signs, nan=self.nan)
+        tops = lanes.exponents
         for i in range(rounds):
             for level in range(2 * i, 2 * i + 2):
                 tops = _largest(m, tops, level)
-            if i == rounds - 1:
-                tops = [tops[0][:-1]]
-            s = pipe.cut(tops=tops, exponents=s.exponents, signs=s.signs, nan=s.nan)
+            s = pipe.cut(tops=tops, signs=s.signs, nan=s.nan)
             tops = s.tops
-        distances = sums(m, "distances", tops * self.lanes, s.exponents, subtract=True)
-        shifts = [self._shift(m, distance[: EXPONENT_BITS - 1], i) for i, distance in enumerate(distances)]
+        before = sum(ahead[:rounds])
+        distances = sums(
+            m, "distances", tops * self.lanes, lanes.exponents, bits=EXPONENT_BITS, subtract=True, before=before
+        )
+        shifts = [self._shift(m, distance, i) for i, distance in enumerate(distances)]
         coarse, fine = [shift[0] for shift in shifts], [shift[1] for shift in shifts]
         s = pipe.cut(coarse=coarse, fine=fine, top=tops[0], signs=s.signs, nan=s.nan)
         terms = [self._coarse(m, *item) for item in zip(products, s.coarse, s.signs, strict=True)]
@@ -106,20 +108,20 @@ class DotProduct(wiring.Component):
         assert pipe.complete
         return m
 
-    def _lanes(self, m: Module) -> dict[str, Any]:
-        """Significands, the product's sign, and the sum of the exponent fields with the bit for nonzero above them."""
-        lanes: dict[str, Any] = {"w": [], "x": [], "signs": []}
+    def _lanes(self, m: Module, behind: int) -> Any:
+        """Significands and the product's sign; `behind` cycles later the product's exponent."""
+        lanes: dict[str, list[Any]] = {"w": [], "x": [], "signs": []}
         parts: dict[str, list[Any]] = {"w": [], "x": []}
         for i in range(self.lanes):
-            w, x = self.w[i], self.x[i]
-            present = [named(m, operand.exponent[6:8].any(), "present") for operand in (w, x)]
-            parts["w"].append(Cat(w.exponent, present[0]))
-            parts["x"].append(Cat(x.exponent, present[1]))
-            lanes["w"].append(Cat(w.fraction, present[0]))
-            lanes["x"].append(Cat(x.fraction, present[1]))
-            lanes["signs"].append(w.sign ^ x.sign)
-        exponents = sums(m, "exponents", parts["w"], parts["x"])
-        return lanes | {"exponents": [exponent[:EXPONENT_BITS] for exponent in exponents]}
+            for side, operand in (("w", self.w[i]), ("x", self.x[i])):
+                parts[side].append(Cat(operand.exponent, Const(0, 1), operand.nonzero))
+                lanes[side].append(operand.significand)
+            lanes["signs"].append(self.w[i].sign ^ self.x[i].sign)
+        exponents = [
+            delayed(m, Cat(exponent[:9], exponent[10]), behind, f"exponent{i}")
+            for i, exponent in enumerate(sums(m, "exponents", parts["w"], parts["x"], bits=EXPONENT_BITS + 1))
+        ]
+        return SimpleNamespace(**lanes, exponents=exponents)
 
     @staticmethod
     def _products(m: Module, registers: list[int], s: Any) -> list[Any]:
@@ -204,14 +206,15 @@ def _float32(m: Module, pipe: Pipeline, total: Any, top: Any, nan: Any) -> Any:
     sign = total[-1]
     m.d.comb += magnitude.eq((total ^ sign.replicate(len(total))) + sign)
     s = pipe.cut(zeros=leading_zeros(m, magnitude, "sum"), magnitude=magnitude, sign=sign, top=top, nan=nan)
-    # E is top - 2 * 127; bit p of the sum counts 2^(E - 23 + p).
+    # E is top - 512 - 2 * 127, or there is no product; bit p of the sum counts 2^(E - 23 + p).
+    none = ~s.top[-1]
     exponent = Signal(signed(11))
-    m.d.comb += exponent.eq(s.top + (width - 1 - ALIGNED_FRACTION_BITS - BIAS) - s.zeros)
+    m.d.comb += exponent.eq(s.top[:-1] + (width - 1 - ALIGNED_FRACTION_BITS - BIAS) - s.zeros)
     normal = named(m, (s.magnitude << s.zeros)[:width], "normal")
     bits = round_pack(
         m,
-        sign=s.sign & normal[-1],
-        exponent=exponent,
+        sign=s.sign & normal[-1] & ~none,
+        exponent=Mux(none, 0, exponent),
         significand=normal[width - 24 :],
         guard=normal[width - 25],
         sticky=normal[: width - 25].any(),
@@ -232,7 +235,10 @@ def _largest(m: Module, values: list[Any], level: int) -> list[Any]:
     pairs = values[0::2], values[1::2]
     if level < _SLICED_LEVELS:
         count = len(pairs[1])
-        less = [bits[-1] for bits in sums(m, f"level{level}_", pairs[0][:count], pairs[1], subtract=True)]
+        less = [
+            bits[-1]
+            for bits in sums(m, f"level{level}_", pairs[0][:count], pairs[1], bits=EXPONENT_BITS + 1, subtract=True)
+        ]
     else:
         less = [a < b for a, b in zip(*pairs, strict=False)]
 

@@ -43,36 +43,46 @@ class MultiplyAdd(wiring.Component):
         total = delayed(m, total, self._before - early, "product")
         if self._adds:
             total = total + Cat(Const(0, self._drop), self.c).as_signed()
-        result = Signal.like(self.p, name="result")
+        result = Signal(self.p.shape(), name="result", attrs={"use_dsp": "yes"})
         m.d.comb += [result.eq(total >> self._drop), self.p.eq(delayed(m, result, self._behind, "sum"))]
         return m
 
 
 class FourSums(wiring.Component):
-    """Four sums of 12 bits, or differences, modulo 2^12, in one slice: its adder can be cut in four.
+    """Four sums of up to 12 bits, or differences, modulo 2^bits, in one slice: its adder can be cut in four.
 
-    `p` comes in the same cycle; the registers around it may become the slice's.
+    `p` comes in the cycle of a; b comes `before` cycles earlier. The registers around it may become the slice's.
     """
 
-    def __init__(self, subtract: bool) -> None:
-        """Sums, or differences."""
-        self._subtract = subtract
-        parts = data.ArrayLayout(PART_BITS, PARTS)
+    def __init__(self, bits: int, subtract: bool, before: int = 0) -> None:
+        """Sums, or differences; at most 2 registers for b."""
+        assert bits <= PART_BITS and before <= _OPERAND_REGISTERS
+        self._bits, self._subtract, self._before = bits, subtract, before
+        parts = data.ArrayLayout(bits, PARTS)
         super().__init__({"a": In(parts), "b": In(parts), "p": Out(parts)})
 
     def elaborate(self, platform: object) -> Module:
         """One adder for each part."""
         m = Module()
         for a, b, p in zip(self.a, self.b, self.p, strict=True):
-            m.d.comb += p.eq(a - b if self._subtract else a + b)
+            b = delayed(m, b, self._before, "b")
+            result = Signal(self._bits, name="result", attrs={"use_dsp": "simd"})
+            m.d.comb += [result.eq(a - b if self._subtract else a + b), p.eq(result)]
         return m
 
 
-def sums(m: Module, name: str, a: list[Any], b: list[Any], *, subtract: bool = False) -> list[Any]:
-    """a + b, or a - b, of each pair, modulo 2^PART_BITS, four to a slice."""
+def sums(
+    m: Module, name: str, a: list[Any], b: list[Any], *, bits: int, subtract: bool = False, before: int = 0
+) -> list[Any]:
+    """a + b, or a - b, of each pair, modulo 2^bits, four to a slice, b coming `before` cycles before a.
+
+    Registers that a slice does not have are put around it.
+    """
     results: list[Any] = []
+    early = min(before, _OPERAND_REGISTERS)
+    b = [delayed(m, value, before - early, f"{name}_b{index}") for index, value in enumerate(b)]
     for first in range(0, len(a), PARTS):
-        unit = FourSums(subtract)
+        unit = FourSums(bits, subtract, early)
         m.submodules[f"{SLICE}_{name}{first}"] = unit
         some = range(first, min(first + PARTS, len(a)))
         for part, index in enumerate(some):

@@ -50,20 +50,18 @@ class WeightColumn(wiring.Component):
         """Choose, keep for a cycle, convert."""
         m = Module()
         bits = 32 if self._wide else 16
-        fmt, present = Signal(FORMAT_BITS), Signal(self._lanes)
-        m.d.sync += [fmt.eq(self.format), present.eq(Mux(self.column_present, self.lanes_present, 0))]
+        fmt = Signal(FORMAT_BITS)
+        m.d.sync += fmt.eq(self.format)
         units = []
         for lane in range(self._lanes):
             raw, patched = Signal(bits, name=f"raw{lane}", reset_less=True), Signal(name=f"patched{lane}")
             m.d.comb += patched.eq(self.patch_lane[lane] | self.patch_column)
             patch = (self.by_column | self.by_lane[32 * lane : 32 * (lane + 1)])[:bits]
             m.d.sync += raw.eq(Mux(patched, patch, self._stored(lane)))
+            with m.If(~(self.column_present & self.lanes_present[lane])):
+                m.d.sync += raw.eq(0)
             m.submodules[f"operand{lane}"] = unit = self._unit.replica()
-            m.d.comb += [
-                (unit.word if self._wide else unit.element).eq(raw),
-                unit.format.eq(fmt),
-                unit.present.eq(present[lane]),
-            ]
+            m.d.comb += [(unit.word if self._wide else unit.element).eq(raw), unit.format.eq(fmt)]
             units.append(unit)
         m.d.comb += [
             self.operands.eq(Cat(unit.operand for unit in units)),

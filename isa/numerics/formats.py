@@ -60,6 +60,13 @@ OPERAND_MIN_EXPONENT = -50
 """Operands smaller than 2 to this, after rounding, are zero."""
 OPERAND_MAX_BITS = 0x7F7FE000
 """The largest finite operand, (2 - 2^-10) 2^127, as float32 bits."""
+LEAST_EXPONENT: dict[Format, int] = {
+    Format.FP16: -14,
+    Format.BF16: OPERAND_MIN_EXPONENT,
+    Format.INT8: 7,
+    Format.FP32: OPERAND_MIN_EXPONENT,
+}
+"""The exponent of an operand from memory is its own, but at least this: significands stay as they lie in memory."""
 
 
 def bits_of(x: F32Array) -> U32Array:

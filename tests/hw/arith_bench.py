@@ -13,6 +13,8 @@ from amaranth.hdl import Shape
 from amaranth.lib.wiring import In
 from numpy.typing import NDArray
 
+from typebar.isa.numerics import Format, bits_of
+from typebar.isa.numerics.formats import LEAST_EXPONENT
 from typebar.tests.hw.native import NativeModel
 
 U32Array = NDArray[np.uint32]
@@ -23,6 +25,15 @@ FEW = 400
 _MODULE = re.compile(r"^module .*?^endmodule$", re.MULTILINE | re.DOTALL)
 _REGISTER = re.compile(r"^  always @\(posedge clk\)\n    (?P<target>\S+) *<= (?P<value>.+);$", re.MULTILINE)
 _WIDTH = re.compile(r"^  reg (?:\[(?P<high>\d+):0\] )?(?P<name>\S+) *(?:=|;)", re.MULTILINE)
+
+
+def operand_bits(values: NDArray[np.float32], fmt: Format = Format.FP32) -> U32Array:
+    """The hardware's 21 bits of operands that lie in memory as `fmt`: significand, exponent, nonzero, sign."""
+    bits = bits_of(values)
+    field, significand = bits >> 23 & 255, bits >> 13 & 1023 | 1024
+    exponent = np.maximum(field, 127 + LEAST_EXPONENT[fmt])
+    significand = significand >> np.minimum(exponent - field, 31)
+    return np.where(field == 0, 0, significand | exponent << 11 | 1 << 19 | bits >> 31 << 20).astype(np.uint32)
 
 
 def plant(text: str, first: int) -> tuple[str, list[str]]:

@@ -17,8 +17,8 @@ from typebar.hw.arith.dot import DotProduct, cuts
 from typebar.hw.replicate import Shared
 from typebar.isa.errors import TypebarError
 from typebar.isa.machine import Machine
-from typebar.isa.numerics import bits_of, chunk_sum, from_bits, is_nan, to_operand
-from typebar.tests.hw.arith_bench import Bench, survivors
+from typebar.isa.numerics import Format, bits_of, chunk_sum, decode, encode, from_bits, is_nan, to_operand
+from typebar.tests.hw.arith_bench import Bench, operand_bits, survivors
 
 U32Array = NDArray[np.uint32]
 F32Array = NDArray[np.float32]
@@ -56,10 +56,12 @@ def operands(rng: np.random.Generator, count: int, lanes: int, mirrored: bool) -
     return values
 
 
-def packed(values: F32Array) -> U32Array:
-    """Operands [n, lanes] as a port's words [n, words], 19 bits a lane."""
-    fields = bits_of(values) >> 13
-    bits = (fields[:, :, None] >> np.arange(19, dtype=np.uint32)) & 1
+def packed(values: F32Array, rng: np.random.Generator, fmt: Format = Format.FP32) -> U32Array:
+    """Operands [n, lanes] as a port's words [n, words], 21 bits a lane; of zeros only the last two count."""
+    noise = rng.integers(0, 1 << 19, values.shape, dtype=np.uint32)
+    fields = operand_bits(values, fmt)
+    fields = np.where(fields >> 19 & 1, fields, noise)
+    bits = (fields[:, :, None] >> np.arange(21, dtype=np.uint32)) & 1
     flat = bits.reshape(len(values), -1).astype(np.uint8)
     flat = np.pad(flat, ((0, 0), (0, -flat.shape[1] % 32)))
     return np.packbits(flat, axis=1, bitorder="little").view(np.uint32)
@@ -68,9 +70,13 @@ def packed(values: F32Array) -> U32Array:
 def block(rng: np.random.Generator, lanes: int) -> tuple[dict[str, U32Array], U32Array]:
     """Inputs of ROWS x ROWS chunks, and the bits of their sums."""
     w, x = operands(rng, ROWS, lanes, mirrored=True), operands(rng, ROWS, lanes, mirrored=False)
-    expected = bits_of(chunk_sum(np.ascontiguousarray(w.T), x)).reshape(-1)
+    fmt = (Format.FP32, Format.FP16, Format.INT8)[rng.integers(3)]
+    if fmt is not Format.FP32:
+        # Most of fp16's weights are normal otherwise; of int8 most would be too large.
+        w = decode(encode(np.ldexp(w, rng.integers(-20, 0, (ROWS, 1))) if fmt is Format.FP16 else w, fmt)[0], fmt)
+    expected = bits_of(chunk_sum(np.ascontiguousarray(w.T), x, fmt)).reshape(-1)
     nan = np.logical_or.outer(is_nan(x).any(axis=1), is_nan(w).any(axis=1)).reshape(-1)
-    inputs = {"w": np.tile(packed(w), (ROWS, 1)), "x": np.repeat(packed(x), ROWS, axis=0)}
+    inputs = {"w": np.tile(packed(w, rng, fmt), (ROWS, 1)), "x": np.repeat(packed(x, rng), ROWS, axis=0)}
     return inputs | {"nan": nan.astype(np.uint32)}, expected
 
 

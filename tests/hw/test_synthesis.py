@@ -92,7 +92,7 @@ class _Slices(wiring.Component):
     def elaborate(self, platform: object) -> Design:
         m = Design()
         m.d.comb += self.d.eq(multiply_add(m, "one", self.a, self.b, self.c, signed(21), drop=7, before=2, behind=1))
-        m.d.comb += self.e.eq(Cat(part[:2] for part in sums(m, "more", [self.a] * 5, [self.b] * 5)))
+        m.d.comb += self.e.eq(Cat(part[:2] for part in sums(m, "more", [self.a] * 5, [self.b] * 5, bits=11)))
         return m
 
 
