@@ -17,7 +17,13 @@ from rich.table import Table
 
 from typebar.hw.arith.add import Adder
 from typebar.hw.arith.compare import Comparator
-from typebar.hw.arith.convert import Float32FromMemory, MemoryFromFloat32, OperandFromFloat32, OperandFromShort
+from typebar.hw.arith.convert import (
+    Float32FromMemory,
+    MemoryFromFloat32,
+    OperandFromFloat32,
+    OperandFromMemory,
+    OperandFromShort,
+)
 from typebar.hw.arith.dot import DotProduct
 from typebar.hw.arith.multiply import Multiplier
 from typebar.hw.synthesis import KINDS, synthesise, total
@@ -28,10 +34,11 @@ UNITS: Mapping[str, Callable[[], Any]] = {
     "comparator": lambda: Comparator(4),
     "operand-from-float32": lambda: OperandFromFloat32(2),
     "operand-from-short": lambda: OperandFromShort(2),
+    "operand-from-memory": lambda: OperandFromMemory(2),
     "load": lambda: Float32FromMemory(2),
     "store": lambda: MemoryFromFloat32(2),
     "dot-8": lambda: DotProduct(8, 16),
-    "dot-64": lambda: DotProduct(64, 20),
+    "dot-64": lambda: DotProduct(64, 15),
 }
 
 

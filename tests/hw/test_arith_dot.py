@@ -14,6 +14,7 @@ from amaranth.lib.wiring import In, Out
 from numpy.typing import NDArray
 
 from typebar.hw.arith.dot import DotProduct, cuts
+from typebar.hw.matrix.geometry import Geometry
 from typebar.hw.replicate import Shared
 from typebar.isa.errors import TypebarError
 from typebar.isa.machine import Machine
@@ -111,7 +112,7 @@ def test_planted_errors_are_caught(bench: Bench) -> None:
 @pytest.mark.parametrize("blocks", [2, pytest.param(100, marks=pytest.mark.long)])
 @pytest.mark.parametrize("lanes", [3, pytest.param(64, marks=pytest.mark.long)])
 def test_other_lanes(lanes: int, blocks: int, tmp_path: pytest.TempPathFactory) -> None:
-    latency = Machine.load("u280").matrix.dot_latency
+    latency = Geometry.of(Machine.load("u280")).dot
     bench = Bench({"dot": DotProduct(lanes, latency)}, tmp_path)
     rng = np.random.default_rng(lanes)
     for _ in range(blocks):
