@@ -107,7 +107,7 @@ def test_layers_with_loops_and_leaps_within() -> None:
     wanted = [-1, *(number for number, turn in enumerate(turns) for _ in turn), -1]
     assert layer_numbers(program, np.array(pcs), set(products(program))).tolist() == wanted
     leapt = assemble(f"layer_1:\nbeq to=over a=r5 b=1\n{one}over:\n{one}{one}blt to=layer_1 a=r3 b=3\nhalt")
-    assert layer_numbers(leapt, np.array([2, 3, 3, 2]), {1, 2, 3}).tolist() == [0, 0, 0, 1]
+    assert layer_numbers(leapt, np.array([2, 3, 1, 2, 3]), {1, 2, 3}).tolist() == [0, 0, 1, 1, 1]
 
 
 def test_bytes_over_time_are_those_moved(found: Study, subject: Subject) -> None:
