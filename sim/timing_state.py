@@ -128,9 +128,10 @@ class State(NamedTuple):
     entered: Ints  # [D, U] place of the next entry in `queue`
     write_done: Ints  # [D, segments] completion of the segment's last writer
     write_unit: Ints  # [D, segments]
+    write_late: Ints  # [D, segments] 1 if it is a reduction
     read_done: Ints  # [D, U, segments] completion of the segment's last reader in each unit
     region_done: Ints  # [D, regions] completion of the last store to the region
-    reduced: Ints  # [D] completion of the last reduction
+    reduced: Ints  # [D, 2] completion of the last reduction, and its latency
     events: Ints  # [D, 4] so far: matrix rows requested, the last one's first usable cycle, lines loaded, gathers
     fifo: Ints  # [D, fifo_rows] cycle in which the row's place was freed
     fifo_place: Ints  # [D] place of the next row
@@ -174,9 +175,10 @@ def new_state(
         entered=zeros(devices, UNITS),
         write_done=zeros(devices, segments),
         write_unit=zeros(devices, segments),
+        write_late=zeros(devices, segments),
         read_done=zeros(devices, UNITS, segments),
         region_done=zeros(devices, 16),
-        reduced=zeros(devices),
+        reduced=zeros(devices, 2),
         events=zeros(devices, 4),
         fifo=zeros(devices, p.fifo_rows) - 1,
         fifo_place=zeros(devices),
@@ -217,13 +219,18 @@ def later(ready: int, cause: int, done: int, unit: int) -> tuple[int, int]:
 
 
 @compiled
-def operands_ready(s: State, p: TimingParameters, d: int, unit: int, count: int) -> tuple[int, int]:
-    """First cycle in which the operand ranges are free of hazards, and the unit that decides it: the lowest of many."""
+def operands_ready(s: State, p: TimingParameters, d: int, unit: int, count: int, late: int = 0) -> tuple[int, int]:
+    """First cycle in which the operand ranges are free of hazards, and the unit that decides it: the lowest of many.
+
+    `late`: 1 for a reduction, whose result comes after those of older instructions of its unit anyway.
+    """
     ready, cause = 0, unit
     for i in range(count):
         first, words, written = s.ranges[i, 0], s.ranges[i, 1], s.ranges[i, 2]
         for segment in range(first // p.segment_words, (first + words - 1) // p.segment_words + 1):
-            ready, cause = later(ready, cause, s.write_done[d, segment], s.write_unit[d, segment])
+            ordered = s.write_unit[d, segment] == unit and s.write_late[d, segment] <= late
+            if not (written and ordered):
+                ready, cause = later(ready, cause, s.write_done[d, segment], s.write_unit[d, segment])
             if written:
                 for other in range(MATRIX, RING + 1):
                     if other != unit:
@@ -244,7 +251,7 @@ def start_instruction(s: State, d: int, unit: int, t: int, ready: int, cause: in
 
 
 @compiled
-def finish_instruction(s: State, p: TimingParameters, d: int, unit: int, count: int, done: int) -> int:
+def finish_instruction(s: State, p: TimingParameters, d: int, unit: int, count: int, done: int, late: int = 0) -> int:
     """Record completion, in order within the unit, and the operand ranges' new last reader or writer."""
     done = max(done, s.done[d, unit])
     s.done[d, unit] = done
@@ -254,6 +261,7 @@ def finish_instruction(s: State, p: TimingParameters, d: int, unit: int, count: 
             if written:
                 s.write_done[d, segment] = done
                 s.write_unit[d, segment] = unit
+                s.write_late[d, segment] = late
             else:
                 s.read_done[d, unit, segment] = done
     return done

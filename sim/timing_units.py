@@ -130,17 +130,18 @@ def issue_vector(s: State, p: TimingParameters, code: Code, d: int, pc: int, t: 
     count = vector_accesses(opcode, code.modifiers[pc], s.values, s.ranges)
     if not in_bounds(s, p, count):
         return T_BOUNDS
-    ready, unit = operands_ready(s, p, d, VECTOR, count)
-    if opcode >= VSUM:
-        ready, unit = later(ready, unit, s.reduced[d], VECTOR)
-    start = start_instruction(s, d, VECTOR, t, ready, C_UNIT + unit)
+    late = 1 if opcode >= VSUM else 0
+    ready, unit = operands_ready(s, p, d, VECTOR, count, late)
     occupancy = vector_occupancy(p, n)
+    latency = vector_latency(p, opcode, occupancy)
+    if late and latency < s.reduced[d, 1]:
+        ready, unit = later(ready, unit, s.reduced[d, 0], VECTOR)
+    start = start_instruction(s, d, VECTOR, t, ready, C_UNIT + unit)
     s.free[d, VECTOR] = start + occupancy
     s.causes[d, VECTOR, C_COMPUTE] += occupancy
-    latency = vector_latency(p, opcode, occupancy)
-    done = finish_instruction(s, p, d, VECTOR, count, start + occupancy + latency)
-    if opcode >= VSUM:
-        s.reduced[d] = done
+    done = finish_instruction(s, p, d, VECTOR, count, start + occupancy + latency, late)
+    if late:
+        s.reduced[d, 0], s.reduced[d, 1] = done, latency
     record_slice(s, d, VECTOR, start, start + occupancy, pc)
     return 0
 

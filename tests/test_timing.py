@@ -81,10 +81,17 @@ def test_a_tree_level_has_its_own_latency() -> None:
     assert run("vsum dst=0 a=256 n=8\nhalt", vector__latency=9, vector__add_latency=5).total_cycles == 27
 
 
-def test_a_reduction_waits_for_the_one_before() -> None:
-    result = run("vsum dst=0 a=256 n=8\nvadd dst=512 a=768 b=768 n=8\nvrmax dst=1024 a=1280 n=8\nhalt")
-    assert slices(result, VECTOR) == [(1, 2), (2, 3), (18, 19)]  # done of the first: 2 + 4 + 3 * 4
-    assert result.causes[0]["vector"] == {"issue": 1, "compute": 3, "vector": 15, "drain": 17}
+def test_a_reduction_waits_for_the_one_before_if_that_has_more_levels() -> None:
+    result = run("vsum dst=0 a=256 n=9\nvadd dst=512 a=768 b=768 n=8\nvrmax dst=1024 a=1280 n=8\nhalt")
+    assert slices(result, VECTOR) == [(1, 3), (3, 4), (23, 24)]  # done of the first: 3 + 4 + (3 + 1) * 4
+    assert result.causes[0]["vector"] == {"issue": 1, "compute": 4, "vector": 19, "drain": 17}
+
+
+@pytest.mark.parametrize(("first", "second"), [(8, 8), (8, 9), (24, 32), (0, 1)])
+def test_reductions_of_as_many_levels_follow_one_another(first: int, second: int) -> None:
+    result = run(f"vsum dst=0 a=256 n={first}\nvrmax dst=1 a=1280 n={second}\nhalt")
+    (start, end), (follows, _) = slices(result, VECTOR)
+    assert (start, follows) == (1, max(2, end))
 
 
 TIE = ["load format=fp32 region=io dst={} n=8", "vadd dst={} a=512 b=512 n=8"]
@@ -113,13 +120,28 @@ def test_an_operand_ready_with_the_rows_is_charged() -> None:
         ("vadd dst=1024 a=128 b=768 n=8", 6),  # another word of its segment
         ("vadd b_from=word dst=1024 a=768 b=255 n=8", 6),  # one word is an operand too
         ("vadd b_from=immediate dst=1024 a=768 b=0 n=8", 2),  # an unused field is none
-        ("vadd dst=0 a=768 b=768 n=8", 6),  # write after write
+        ("vadd dst=0 a=768 b=768 n=8", 2),  # write after write in the same unit
+        ("vadd dst=0 a=0 b=768 n=8", 6),  # which is a read as well
+        ("vsum dst=0 a=768 n=8", 2),  # a reduction comes later still
         ("vadd dst=256 a=768 b=768 n=8", 2),  # write after read in the same unit
     ],
 )
 def test_hazards_within_a_unit(second: str, start: int) -> None:
     result = run(f"vadd dst=0 a=256 b=512 n=8\n{second}\nhalt")
     assert slices(result, VECTOR) == [(1, 2), (start, start + 1)]
+
+
+@pytest.mark.parametrize(("second", "start"), [("vadd dst=128 a=768 b=768 n=8", 18), ("vsum dst=128 a=768 n=8", 2)])
+def test_a_write_after_a_reduction_waits_unless_it_is_one(second: str, start: int) -> None:
+    result = run(f"vsum dst=0 a=256 n=8\n{second}\nhalt")
+    assert slices(result, VECTOR) == [(1, 2), (start, start + 1)]  # done of the first: 2 + 4 + 3 * 4
+
+
+def test_an_accumulating_matmul_waits_for_the_one_before() -> None:
+    one = f"{MATMUL} n=8 dst=0 src=256"
+    plain, adds = (slices(run(f"{one}\n{one} accumulate={flag}\nhalt"), MATRIX) for flag in (0, 1))
+    assert plain[1][0] == plain[0][1]
+    assert adds[1][0] == adds[0][1] + 26
 
 
 def test_write_after_read_across_units_waits_for_the_reader() -> None:

@@ -121,6 +121,8 @@ class Device:
                 for side, words, into in (("src", v["k"], reads), ("dst", v["n"], writes)):
                     last = (v["outer"] - 1) * v[f"{side}_outer"] + (v["inner"] - 1) * v[f"{side}_inner"]
                     add(into, v[side], last + words if words else 0)
+                if self.flag(i, "accumulate"):
+                    reads |= writes
                 scaling, patch = self.flag(i, "scaling"), self.flag(i, "patch")
                 add(reads, v["scale"], (0, min(1, v["n"]), v["n"])[scaling])
                 add(reads, v["bias"], v["n"] * self.flag(i, "add_bias"))
@@ -149,10 +151,9 @@ class Device:
     def hazards(self, i: Instruction) -> None:
         reads, writes = self.accesses(i)
         for segment in reads | writes:
-            for older in reversed(self.every):
-                if segment in older.writes:
-                    i.waits.append(older)
-                    break
+            last = next((older for older in reversed(self.every) if segment in older.writes), None)
+            if last and (segment in reads or not self.in_order(last, i)):
+                i.waits.append(last)
         for older in self.every:
             if older.op.kind.unit != i.op.kind.unit and older.reads & writes:
                 i.waits.append(older)
@@ -160,6 +161,12 @@ class Device:
         if i.op.kind.name in ("load", "sload"):
             region = i.op.get("region")
             i.waits += [o for o in self.every if "store" in o.op.kind.name and o.op.get("region") == region]
+
+    @staticmethod
+    def in_order(older: Instruction, i: Instruction) -> bool:
+        """Whether the younger of two instructions' results is written later in any case."""
+        reductions = [item.op.kind.name in REDUCTIONS for item in (older, i)]
+        return older.op.kind.unit == i.op.kind.unit and reductions != [True, False]
 
     def plan_matmul(self, i: Instruction) -> None:
         """Enumerate bursts byte by byte: rows each step needs in all, rows it frees, the range of rows."""
@@ -236,6 +243,8 @@ class Device:
                 continue
             i = queue[0]
             reduction = self.last_reduction if i.op.kind.name in REDUCTIONS else None
+            if reduction and self.levels(reduction) <= self.levels(i):
+                reduction = None
             if not all(w.complete(c) for w in i.waits) or (reduction and not reduction.complete(c)):
                 continue
             if unit == "MEMORY" and any(w.over < 0 or w.over > c for w in i.row_waits):
@@ -260,10 +269,17 @@ class Device:
     def stall(self, port: int, index: int) -> int:
         return stall(self.seed, self.rank, port, index)
 
+    def beats(self, i: Instruction) -> int:
+        return max(1, ceil(i.values.get("n", 1), self.m.vector.lanes))
+
+    def levels(self, i: Instruction) -> int:
+        """Levels of the tree over a reduction's rows."""
+        return (self.beats(i) - 1).bit_length()
+
     def start_vector(self, i: Instruction, c: int) -> None:
         v, name = self.m.vector, i.op.kind.name
-        beats = max(1, ceil(i.values.get("n", 1), v.lanes))
-        tree = v.add_latency * (v.lanes.bit_length() - 1 + (beats - 1).bit_length())
+        beats = self.beats(i)
+        tree = v.add_latency * (v.lanes.bit_length() - 1 + self.levels(i))
         self.occupy(i, c + beats)
         self.finish(i, c + beats + v.latency + (tree if name in REDUCTIONS else 0))
 

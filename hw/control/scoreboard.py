@@ -1,11 +1,12 @@
 """The scoreboard: which tickets an instruction must wait for, by register segment and by memory row.
 
-Rules (docs/timing.md, "Start: hazards"). Registers: a read or a write waits for the last writer of each segment it
-covers, whatever its unit; a write also for the last reader in each other unit. Memory: a matmul's fetch half waits for
-older HBM stores to overlapping rows, an HBM store for the fetch halves of older matmuls with overlapping rows, a load
-from DDR for the last store to its region. A reduction waits for the one before it. `waits` and `fetch_waits` follow the
-operands in the same cycle; with `issue` the instruction's own tickets enter the tables at the cycle's end. A table
-drops a ticket when it is done.
+Rules (docs/timing.md, "Start: hazards"). Registers: a read waits for the last writer of each segment it covers,
+whatever its unit; a write for that of another unit, or for a reduction of its own if it is none, and for the last
+reader in each other unit. Memory: a matmul's fetch half waits for older HBM stores to overlapping rows, an HBM store
+for the fetch halves of older matmuls with overlapping rows, a load from DDR for the last store to its region. A
+reduction waits for the one before it if that has more levels. `waits` and `fetch_waits` follow the operands in the same
+cycle; with `issue` the instruction's own tickets enter the tables at the cycle's end. A table drops a ticket when it is
+done.
 """
 
 from __future__ import annotations
@@ -36,16 +37,17 @@ def outstanding_stores(machine: Machine) -> int:
 class SegmentTable(wiring.Component):
     """Last writer, and last reader of each unit, by register segment.
 
-    In: the segments read and written (one bit each), the issuing unit's domain (0 to 3), its ticket, `issue`, and the
-    tickets `completed`. Out: `waits`, for each unit the youngest ticket to wait for. An instruction that issues in one
-    cycle is seen by the next one's look-up. `writers` and `readers` are the state, for proofs.
+    In: the segments read and written (one bit each), the issuing unit's domain (0 to 3), whether its result is `late`
+    (its unit may write that of a younger instruction earlier, if that is not late as well), its ticket, `issue`, and
+    the tickets `completed`. Out: `waits`, for each unit the youngest ticket to wait for. An instruction that issues in
+    one cycle is seen by the next one's look-up. `writers` and `readers` are the state, for proofs.
     """
 
     def __init__(self, segments: int, bits: int, units: Sequence[Domain] = UNIT_DOMAINS) -> None:
         """Take the number of segments and the width of tickets."""
         self.segments, self.bits, self.units = segments, bits, tuple(units)
         reader = data.StructLayout({"valid": 1, "ticket": unsigned(bits)})
-        writer = data.StructLayout({"valid": 1, "unit": range(max(len(units), 2)), "ticket": unsigned(bits)})
+        writer = data.StructLayout({"valid": 1, "late": 1, "unit": range(max(len(units), 2)), "ticket": unsigned(bits)})
         self.writers = Signal(data.ArrayLayout(writer, segments))
         self.readers = Signal(data.ArrayLayout(data.ArrayLayout(reader, len(units)), segments))
         super().__init__(
@@ -53,6 +55,7 @@ class SegmentTable(wiring.Component):
                 "reads": In(segments),
                 "writes": In(segments),
                 "unit": In(range(max(len(units), 2))),
+                "late": In(1),
                 "ticket": In(bits),
                 "issue": In(1),
                 "completed": In(data.ArrayLayout(bits, len(Domain))),
@@ -65,15 +68,18 @@ class SegmentTable(wiring.Component):
         m = Module()
         candidates: dict[Domain, list[tuple[Value, Value]]] = {unit: [] for unit in self.units}
         for segment in range(self.segments):
-            touched, writer = self.reads[segment] | self.writes[segment], self.writers[segment]
+            writer = self.writers[segment]
+            overtakes = (writer.unit != self.unit) | (writer.late & ~self.late)
+            follows = self.reads[segment] | (self.writes[segment] & overtakes)
             last = reduce(or_, (Mux(writer.unit == unit, self.completed[unit], 0) for unit in self.units))
             live = Signal(name=f"writer_live_{segment}")
             m.d.comb += live.eq(writer.valid & owed(writer.ticket, last[: self.bits]))
             m.d.sync += writer.valid.eq(live)
             with m.If(self.issue & self.writes[segment]):
                 m.d.sync += [writer.valid.eq(1), writer.unit.eq(self.unit), writer.ticket.eq(self.ticket)]
+                m.d.sync += writer.late.eq(self.late)
             for unit in self.units:
-                candidates[unit].append((live & touched & (writer.unit == unit), writer.ticket))
+                candidates[unit].append((live & follows & (writer.unit == unit), writer.ticket))
                 candidates[unit].append(self._reader(m, unit, segment))
         for unit in self.units:
             valid, ticket = youngest(m, candidates[unit], self.bits)
@@ -186,6 +192,7 @@ class Scoreboard(wiring.Component):
             segments.reads.eq(reduce(or_, (masks[name] for name in reads)) | Mux(self.dst_read, masks["dst"], 0)),
             segments.writes.eq(reduce(or_, (masks[name] for name in WRITTEN))),
             segments.unit.eq(self.unit),
+            segments.late.eq(self.reduces),
             segments.ticket.eq(self.ticket),
             segments.issue.eq(self.issue),
             segments.completed.eq(self.completed),
@@ -228,13 +235,20 @@ class Scoreboard(wiring.Component):
         return mask
 
     def _last_reduction(self, m: Module) -> tuple[Value, Value]:
-        """The reduction that a reduction waits for."""
+        """The reduction that a reduction of fewer levels over rows waits for: the last one."""
         valid, last, live = Signal(name="reduced"), Signal(self.bits, name="reduced_ticket"), Signal()
+        operand = self.ranges["a"]
+        lanes = self.machine.vector.lanes.bit_length() - 1
+        # The number of rows less one; a level for each of its bits.
+        span = Mux(operand.valid, (operand.last - operand.first)[lanes:], 0)
+        bits = len(span)
+        highest, reached = Signal(bits), Signal(bits)
+        m.d.comb += [reached[bit].eq((span >> bit).any()) for bit in range(bits)]
         m.d.comb += live.eq(valid & owed(last, self.completed[Domain.VECTOR]))
         m.d.sync += valid.eq(live)
         with m.If(self.issue & self.reduces):
-            m.d.sync += [valid.eq(1), last.eq(self.ticket)]
-        return live & self.reduces, last
+            m.d.sync += [valid.eq(1), last.eq(self.ticket), highest.eq(reached)]
+        return live & self.reduces & (highest & ~reached).any(), last
 
     def _last_store(self, m: Module) -> tuple[Value, Value]:
         """The store that a load from DDR waits for."""

@@ -69,8 +69,9 @@ def element_layout(bits: int) -> data.StructLayout:
 class ReductionTree(wiring.Component):
     """Reduces rows of `lanes` leaves that come one a cycle (`valid`), the first and the last of a vector marked.
 
-    `found`, `element`: the result, `latency` * (log2 lanes + ceil(log2 of the rows)) cycles after the last row. One
-    vector at a time: the next one's first row comes after the result. `ordered` holds from the first row until then.
+    `found`, `element`: the result, `latency` * (log2 lanes + ceil(log2 of the rows)) cycles after the last row. Vectors
+    may follow one another at once, but one of fewer levels only after the result of those before it, lest two results
+    leave together. `ordered` goes with each row.
 
     Leaves are canonical. Where a vector ends inside a row, the other lanes hold what the reduction is extended with.
     """
@@ -98,11 +99,14 @@ class ReductionTree(wiring.Component):
         """Lanes, then rows; the result leaves at the level where it is alone."""
         m = Module()
         self._m = m
-        level = []
+        level, ordered = [], [self.ordered]
         for lane in range(self.lanes):
             leaf = Signal(element_layout(0), name=f"leaf{lane}")
             m.d.comb += [leaf.sum.eq(self.leaves[lane]), leaf.maximum.eq(self.leaves[lane])]
             level.append(leaf)
+        for depth in range(self.lane_levels + self.row_levels):
+            ordered.append(delayed(m, ordered[-1], self.latency, f"ordered{depth}"))
+        self._ordered = ordered
         for depth in range(self.lane_levels):
             level = [
                 self._join(depth, left, right, f"lanes{depth}_{pair}")
@@ -132,7 +136,7 @@ class ReductionTree(wiring.Component):
         m.d.comb += [
             adder.a.eq(left.sum),
             adder.b.eq(right.sum),
-            greater.ordered.eq(self.ordered),
+            greater.ordered.eq(self._ordered[depth]),
             greater.a.eq(left.maximum),
             greater.b.eq(right.maximum),
             greater.a_place.eq(left.place),

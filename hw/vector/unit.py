@@ -8,6 +8,7 @@ from typing import Any
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, stream, wiring
+from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from typebar.hw.arith.unary import FUNCTION_BITS
@@ -50,8 +51,8 @@ class VectorUnit(wiring.Component):
     `issued`: a transfer is an instruction's start. Its row i is addressed 1 + i cycles later, on `read_a` (operand a)
     and `read_b`, and its result given to `write` `vector.latency` - 1 cycles after that; so an instruction that starts
     at `done` reads it. Reductions leave a word, vargmax two, through `write_reduce` in the last cycle before `done`.
-    `ready`: the last row is being addressed, or none; for a reduction also that the one before it is done. This is all
-    that docs/timing.md, "Vector unit", has an instruction wait for.
+    `ready`: the last row is being addressed, or none. What else docs/timing.md has an instruction wait for, a reduction
+    for one of more levels too, it has waited for before it comes.
 
     `completed`: the ticket of the last instruction done. `waited`: the core's cause of a wait that ends with the
     transfer; `activity` has it, and the occupied cycles, a cycle later. `argmax_nan`: the vargmax at `pc` met a NaN.
@@ -128,8 +129,7 @@ class VectorUnit(wiring.Component):
         """What is presented: registers loaded by a transfer, rows that advance, and when the next may start."""
         m, item, offered = self._m, self.issued.payload, self._decode()
         self._now = now = Signal(self._instruction_layout(), reset_less=True)
-        self._held = held = Signal(self._reduction_layout(), reset_less=True)
-        self._running, self._busy = Signal(), Signal()
+        self._running = Signal()
         self._left, self._first = Signal(range(self.rows)), Signal()
         rows = {name: Signal(range(self.rows), name=f"row_{name}", reset_less=True) for name in ("dst", "a", "b")}
         self._row_dst = rows["dst"]
@@ -138,7 +138,7 @@ class VectorUnit(wiring.Component):
         count = offered["n"][: self.machine.vector.words.bit_length()]
         m.d.comb += [
             reduction.eq(item.opcode >= VSUM),
-            self.issued.ready.eq((self._left == 0) & ~(reduction & self._busy)),
+            self.issued.ready.eq(self._left == 0),
             transfer.eq(self.issued.valid & self.issued.ready),
             span.eq(Mux(count == 0, 0, (count - 1)[self._lane_bits :])),
             self.read_a.address.eq(rows["a"]),
@@ -148,20 +148,35 @@ class VectorUnit(wiring.Component):
             m.d.sync += [self._running.eq(1), self._first.eq(1), self._left.eq(span)]
             m.d.sync += [row.eq(offered[name][self._lane_bits :]) for name, row in rows.items()]
             m.d.sync += self._load(now, offered, count, span, reduction)
-            with m.If(reduction):
-                m.d.sync += [
-                    held.sums.eq(item.opcode.matches(VSUM, VSUMSQ)),
-                    held.ordered.eq(item.opcode == VARGMAX),
-                    held.dst.eq(offered["dst"]),
-                    held.base.eq(offered["base"]),
-                    held.pc.eq(item.pc),
-                ]
         with m.Else():
             m.d.sync += [self._running.eq(self._left != 0), self._first.eq(0)]
             m.d.sync += [row.eq(row + 1) for row in rows.values()]
             with m.If(self._left != 0):
                 m.d.sync += self._left.eq(self._left - 1)
-        self._account(transfer, reduction)
+        self._remember(transfer & reduction, offered)
+        m.d.comb += [self.activity.active.eq(self._running), self.activity.cause.eq(Cause.COMPUTE)]
+        with m.If(transfer):
+            m.d.sync += self.activity.waited.eq(self.waited)
+
+    def _remember(self, starts: Value, offered: dict[str, Signal]) -> None:
+        """What becomes of the results of reductions under way, in order; `_held` is the oldest.
+
+        One can start in each cycle of the oldest's latency, and in the one before.
+        """
+        m, layout = self._m, self._reduction_layout()
+        depth = 1 << (self._longest + 1).bit_length()
+        m.submodules.reductions = memory = Memory(shape=layout, depth=depth, init=[])
+        write, read = memory.write_port(), memory.read_port(domain="comb")
+        opcode = self.issued.payload.opcode
+        m.d.comb += [
+            write.en.eq(starts),
+            write.data.sums.eq(opcode.matches(VSUM, VSUMSQ)),
+            write.data.ordered.eq(opcode == VARGMAX),
+            write.data.dst.eq(offered["dst"]),
+            write.data.base.eq(offered["base"]),
+        ]
+        m.d.sync += [write.addr.eq(write.addr + starts), read.addr.eq(read.addr + self._tree.found)]
+        self._held = read.data
 
     def _instruction_layout(self) -> data.StructLayout:
         """What stays while an instruction's rows are presented; `span` is their number less one."""
@@ -170,6 +185,9 @@ class VectorUnit(wiring.Component):
                 "reduces": 1,
                 "ticket": unsigned(ticket_bits(self.machine)),
                 "span": range(self.rows),
+                "sums": 1,
+                "ordered": 1,
+                "pc": unsigned(TARGET_BITS),
                 "empty": 1,
                 "tail": unsigned(self._lane_bits),
                 "lane_dst": unsigned(self._lane_bits),
@@ -188,10 +206,9 @@ class VectorUnit(wiring.Component):
         return data.StructLayout({"single": 1, "b_from": Source, "lane_a": lane, "lane_b": lane, "imm": unsigned(32)})
 
     def _reduction_layout(self) -> data.StructLayout:
-        """What stays until a reduction is done."""
+        """What stays until a reduction's result is there."""
         dst = range(self.machine.vector.words)
-        pc = unsigned(TARGET_BITS)
-        return data.StructLayout({"sums": 1, "ordered": 1, "dst": dst, "base": signed(32), "pc": pc})
+        return data.StructLayout({"sums": 1, "ordered": 1, "dst": dst, "base": signed(32)})
 
     def _load(self, now: Any, offered: dict[str, Signal], count: Value, span: Value, reduction: Value) -> list[Any]:
         """Assignments of an instruction to `now`."""
@@ -201,6 +218,9 @@ class VectorUnit(wiring.Component):
             now.reduces.eq(reduction),
             now.ticket.eq(item.ticket),
             now.span.eq(span),
+            now.sums.eq(opcode.matches(VSUM, VSUMSQ)),
+            now.ordered.eq(opcode == VARGMAX),
+            now.pc.eq(item.pc),
             now.empty.eq(count == 0),
             now.tail.eq(count[lanes]),
             now.lane_dst.eq(Mux(reduction, 0, offered["dst"][lanes])),
@@ -218,19 +238,6 @@ class VectorUnit(wiring.Component):
         for name, value in CHOICES.items():
             choice = Mux(opcode == OP[name], value, choice)
         return [*statements, now.choice.eq(choice)]
-
-    def _account(self, transfer: Value, reduction: Value) -> None:
-        """Activity, a cycle after the contract's. A reduction that the one before kept waited for the vector unit.
-
-        Where that ended with another wait, the unit with the lowest number is charged.
-        """
-        m = self._m
-        blocked, was_busy = Signal(), Signal()
-        m.d.sync += [blocked.eq(self.issued.valid & reduction & self._busy), was_busy.eq(self._busy)]
-        together = reduction & was_busy & (self.waited >= Cause.VECTOR) & (self.waited <= Cause.RING)
-        m.d.comb += [self.activity.active.eq(self._running), self.activity.cause.eq(Cause.COMPUTE)]
-        with m.If(transfer):
-            m.d.sync += self.activity.waited.eq(Mux(blocked | together, Cause.VECTOR, self.waited))
 
     # Rows ----------------------------------------------------------------------------------------------
     def _operands(self) -> tuple[Signal, Signal]:
@@ -267,7 +274,17 @@ class VectorUnit(wiring.Component):
         m, now, depth = self._m, self._now, self._depth
         early = delayed(m, Cat(now.subtract, now.take_y, now.function), READ_CYCLES + 1, "early")
         beside = data.StructLayout(
-            {"mask": self.lanes, "row": range(self.rows), "first": 1, "last": 1, "product": 1, "choice": Choice}
+            {
+                "mask": self.lanes,
+                "row": range(self.rows),
+                "first": 1,
+                "last": 1,
+                "product": 1,
+                "choice": Choice,
+                "sums": 1,
+                "ordered": 1,
+                "pc": unsigned(TARGET_BITS),
+            }
         )
         here = Signal(beside)
         valid = Signal(data.StructLayout({"writes": 1, "reduces": 1}))
@@ -278,6 +295,9 @@ class VectorUnit(wiring.Component):
             here.last.eq(self._left == 0),
             here.product.eq(now.product),
             here.choice.eq(now.choice),
+            here.sums.eq(now.sums),
+            here.ordered.eq(now.ordered),
+            here.pc.eq(now.pc),
             valid.writes.eq(self._running & ~now.reduces),
             valid.reduces.eq(self._running & now.reduces),
         ]
@@ -301,9 +321,9 @@ class VectorUnit(wiring.Component):
                 Cat(pair.subtract, pair.take_y, pair.function).eq(early),
                 pair.product.eq(before.product),
                 pair.keep.eq(before.mask[both]),
-                pair.padding_sign.eq(Mux(self._held.sums, Cat(sign[both]), (1 << LANES) - 1)),
-                pair.infinite.eq(~self._held.sums),
-                pair.ordered.eq(self._held.ordered),
+                pair.padding_sign.eq(Mux(before.sums, Cat(sign[both]), (1 << LANES) - 1)),
+                pair.infinite.eq(~before.sums),
+                pair.ordered.eq(before.ordered),
                 pair.choice.eq(after.choice),
             ]
             leaves.append(pair.leaf)
@@ -314,14 +334,14 @@ class VectorUnit(wiring.Component):
             self.write.mask.eq(Mux(valid_end.writes, at_end.mask, 0)),
             self.write.data.eq(Cat(results)),
             self.argmax_nan.raised.eq(reduce(or_, nans) & valid_after.reduces),
-            self.argmax_nan.pc.eq(self._held.pc),
+            self.argmax_nan.pc.eq(after.pc),
         ]
         m.submodules.tree = tree = self._tree
         m.d.comb += [
             tree.valid.eq(valid_after.reduces),
             tree.first.eq(after.first),
             tree.last.eq(after.last),
-            tree.ordered.eq(self._held.ordered),
+            tree.ordered.eq(after.ordered),
             tree.leaves.eq(Cat(leaves)),
         ]
         self._write_reduced(tree)
@@ -331,21 +351,23 @@ class VectorUnit(wiring.Component):
         m, held, port = self._m, self._held, self.write_reduce
         value, index = Signal(32), Signal(32)
         mask, words = Signal(self.lanes), Signal(port.data.shape(), reset_less=True)
+        address = Signal.like(port.address, reset_less=True)
         lane, row = held.dst[: self._lane_bits], held.dst[self._lane_bits :]
         m.d.comb += [
             value.eq(Mux(held.sums, tree.element.sum, tree.element.maximum)),
             index.eq(held.base + tree.element.place),
-            port.address.eq(row),
+            port.address.eq(address),
             port.mask.eq(mask),
             port.data.eq(words),
         ]
+        m.d.sync += address.eq(row)
         m.d.sync += mask.eq(Mux(tree.found, Cat(1, held.ordered) << lane, 0))
         for number in range(self.lanes):
             m.d.sync += words[number].eq(Mux(held.ordered, index, value) if number % 2 else value)
 
     # Completion ----------------------------------------------------------------------------------------
     def _retire(self) -> None:
-        """Publish tickets; know how long a reduction still takes. Both count from the cycle after the last row's."""
+        """Publish tickets, from the cycle after the last row's on."""
         m, now, levels = self._m, self._now, self._tree.lane_levels
         cycles, step = self.machine.vector.latency - 2, self.machine.vector.add_latency
         latency = Signal(range(self._longest))
@@ -355,11 +377,10 @@ class VectorUnit(wiring.Component):
                 # As many levels over rows as the number of rows less one has bits.
                 with m.If((now.span >> extra == 0) & ((now.span >> extra - 1 != 0) if extra else 1)):
                     m.d.comb += latency.eq(cycles + step * (levels + extra))
-        retires, reduces, ticket = Signal(), Signal(), Signal(ticket_bits(self.machine), reset_less=True)
-        remaining, counted = Signal(range(self._longest), reset_less=True), Signal(range(self._longest))
+        retires, ticket = Signal(), Signal(ticket_bits(self.machine), reset_less=True)
+        remaining = Signal(range(self._longest), reset_less=True)
         m.d.sync += [
             retires.eq(self._running & (self._left == 0)),
-            reduces.eq(self._running & (self._left == 0) & now.reduces),
             ticket.eq(now.ticket),
             remaining.eq(latency),
         ]
@@ -369,9 +390,4 @@ class VectorUnit(wiring.Component):
             line.ticket.eq(ticket),
             line.latency.eq(remaining),
             self.completed.eq(line.completed),
-            self._busy.eq((self._running & now.reduces) | reduces | (counted != 0)),
         ]
-        with m.If(reduces):
-            m.d.sync += counted.eq(remaining)
-        with m.Elif(counted != 0):
-            m.d.sync += counted.eq(counted - 1)

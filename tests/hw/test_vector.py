@@ -198,7 +198,8 @@ def expect(machine: Machine, program: list[Op], rng: np.random.Generator, alone:
     p, result = timing_parameters(machine), Expected()
     segment_done = [0] * machine.vector.segments
     ranges = np.zeros((MAX_ACCESSES, 3), np.int64)
-    free = done = reduced = 0
+    free = done = reduced = slowest = 0
+    reductions: set[int] = set()
     issue = -1
     for item in program:
         modifiers, values = fields_of(item)
@@ -208,8 +209,16 @@ def expect(machine: Machine, program: list[Op], rng: np.random.Generator, alone:
         touched = []
         for first, words, written in ranges[: vector_accesses(opcode, modifiers, values, ranges)].tolist():
             segments = range(first // machine.segment_words, (first + words - 1) // machine.segment_words + 1)
-            waits[Cause.VECTOR] = max(waits[Cause.VECTOR], *(segment_done[segment] for segment in segments))
             touched += [segment for segment in segments if written]
+            if not written:
+                waits[Cause.VECTOR] = max(waits[Cause.VECTOR], *(segment_done[segment] for segment in segments))
+            elif opcode < VSUM:
+                late = [segment_done[segment] for segment in segments if segment in reductions]
+                waits[Cause.VECTOR] = max(waits[Cause.VECTOR], *late, 0)
+        occupancy = vector_occupancy(p, vector_count(opcode, values))
+        latency = vector_latency(p, opcode, occupancy)
+        if opcode >= VSUM and latency < slowest:
+            waits[Cause.VECTOR] = max(waits[Cause.VECTOR], reduced)
         if not alone and rng.random() < 0.2:
             other = Cause(rng.choice([Cause.MATRIX, Cause.MEMORY, Cause.RING]))
             waits[other] = int(rng.choice([issue + rng.integers(0, 30), reduced]))
@@ -218,22 +227,18 @@ def expect(machine: Machine, program: list[Op], rng: np.random.Generator, alone:
         offered = max(issue + 1, ready)
         result.offered.append(max(offered, result.start[-1] + 1 if result.start else 0))
         result.waited.append(int(cause if ready > issue + 1 else Cause.ISSUE))
-        if opcode >= VSUM:
-            waits[Cause.VECTOR] = max(waits[Cause.VECTOR], reduced)
-            ready = max(waits.values())
-            cause = min(cause for cause, time in waits.items() if time == ready)
         start = max(issue + 1, ready, free)
         idle = int(cause if ready > issue + 1 else Cause.ISSUE)
-        occupancy = vector_occupancy(p, vector_count(opcode, values))
         for key, cycles in ((idle, start - free), (int(Cause.COMPUTE), occupancy)):
             if cycles:
                 result.causes[key] = result.causes.get(key, 0) + cycles
         free = start + occupancy
-        done = max(done, free + vector_latency(p, opcode, occupancy))
+        done = max(done, free + latency)
         if opcode >= VSUM:
-            reduced = done
+            reduced, slowest = done, latency
         for segment in touched:
             segment_done[segment] = done
+            (reductions.add if opcode >= VSUM else reductions.discard)(segment)
         result.start.append(start)
         result.done.append(done)
     return result

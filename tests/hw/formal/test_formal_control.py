@@ -118,15 +118,16 @@ class ScoreboardHarness(wiring.Component):
     """Segment table and a queue for each of two units; an environment issues, starts and completes at will.
 
     One instruction, a, is chosen freely. The claim: no younger instruction starts before a is done if the two touch a
-    segment that one of them writes (if they are of one unit, only if a writes: within a unit order is enough).
+    segment that one of them writes. If they are of one unit, only if a writes and the younger reads, or if a's result
+    is late and the younger's is not: within a unit order is enough.
 
     Induction needs to know why: the table leads from a segment to a, or to a queued instruction that conflicts with a
-    as well and so cannot have started either; and whatever conflicts with a waits for one of these.
+    as well and so cannot have started either; and whatever conflicts with a waits for one of these, or behind one.
     """
 
     def __init__(self, segments: int, places: int, plant: str = "") -> None:
         self.segments, self.places, self.plant = segments, places, plant
-        touched = {"ticket": BITS, "reads": segments, "writes": segments}
+        touched = {"ticket": BITS, "reads": segments, "writes": segments, "late": 1}
         # What the queues carry for the proof: the instruction, and whether it is younger than a.
         self.ghost = data.StructLayout({**touched, "after": 1})
         self.chosen = data.StructLayout({**touched, "known": 1, "unit": 1})
@@ -137,6 +138,7 @@ class ScoreboardHarness(wiring.Component):
             {
                 "issue": In(1),
                 "unit": In(1),
+                "late": In(1),
                 "reads": In(segments),
                 "writes": In(segments),
                 "choose": In(1),
@@ -159,6 +161,7 @@ class ScoreboardHarness(wiring.Component):
             table.reads.eq(self.reads if self.plant != "reads" else 0),
             table.writes.eq(self.writes),
             table.unit.eq(self.unit),
+            table.late.eq(self.late if self.plant != "late" else 1),
             table.issue.eq(issue),
         ]
         for unit in range(2):
@@ -183,6 +186,7 @@ class ScoreboardHarness(wiring.Component):
             payload.ticket.eq(last + 1),
             payload.reads.eq(self.reads),
             payload.writes.eq(self.writes),
+            payload.late.eq(self.late),
             payload.after.eq(self._a.known),
             queue.waits.eq(table.waits),
             queue.o.ready.eq(self.ready[unit] & (active != RUNNING)),
@@ -206,7 +210,7 @@ class ScoreboardHarness(wiring.Component):
         m, a, known_done = self._m, self._a, Signal()
         with m.If(issue & self.choose & ~a.known):
             m.d.sync += [a.known.eq(1), a.unit.eq(self.unit), a.reads.eq(self.reads), a.writes.eq(self.writes)]
-            m.d.sync += a.ticket.eq(self.table.ticket)
+            m.d.sync += [a.ticket.eq(self.table.ticket), a.late.eq(self.late)]
         owes = owed(a.ticket, Mux(a.unit, self._done[1], self._done[0]))
         m.d.comb += self._covered.eq(~a.known | known_done | ~owes)
         m.d.sync += known_done.eq(a.known & self._covered)
@@ -234,7 +238,8 @@ class ScoreboardHarness(wiring.Component):
     def _conflict(self, unit: int, item: data.View) -> Value:
         """Whether an instruction is younger than a and must wait for it."""
         a = self._a
-        after_write = (a.writes & (item.reads | item.writes)).any()
+        overtakes = (a.unit != unit) | (a.late & ~item.late)
+        after_write = (a.writes & item.reads).any() | ((a.writes & item.writes).any() & overtakes)
         after_read = (a.reads & item.writes).any() & (a.unit != unit)
         return item.after & (after_write | after_read)
 
@@ -270,6 +275,11 @@ class ScoreboardHarness(wiring.Component):
         queued instruction that must itself wait for a."""
         const = Const(unit, 1)
         found = (self._a.unit == unit) & (self._age(const, ticket) <= self._age(const, self._a.ticket))
+        return found | self._behind(unit, ticket)
+
+    def _behind(self, unit: int, ticket: Value) -> Value:
+        """Whether that ticket is not before a queued instruction of its unit that must itself wait for a."""
+        const, found = Const(unit, 1), Const(0, 1)
         for taken, ghost, _ in self._entries_of[unit]:
             not_before = self._age(const, ticket) <= self._age(const, ghost.ticket)
             found = found | (taken & self._conflict(unit, ghost) & not_before)
@@ -282,15 +292,21 @@ class ScoreboardHarness(wiring.Component):
             writer = self.table.writers[segment]
             leads = Mux(writer.unit, self._leads(1, writer.ticket), self._leads(0, writer.ticket))
             m.d.comb += Assert(~(live & a.writes[segment]) | (writer.valid & leads))
+            # After a late a, a writer of its unit that is not late is queued, or behind one that is and waits for a.
+            ordered = (writer.unit == a.unit) & ~writer.late
+            behind = Mux(writer.unit, self._behind(1, writer.ticket), self._behind(0, writer.ticket))
+            m.d.comb += Assert(~(live & a.writes[segment] & a.late & ordered) | behind)
             for unit in range(2):
                 reader = self.table.readers[segment][unit]
                 recent = self._age(Const(unit, 1), reader.ticket) <= self._age(Const(unit, 1), a.ticket)
                 m.d.comb += Assert(~(live & a.reads[segment] & (a.unit == unit)) | (reader.valid & recent))
         for unit in range(2):
+            held: Value = Const(0, 1)
             for taken, ghost, waits in self._entries_of[unit]:
                 why = [waits[item.name.lower()] for item in UNITS]
                 waiting = Cat(wait.valid & self._leads(other, wait.ticket) for other, wait in enumerate(why)).any()
-                m.d.comb += Assert(~(live & taken & self._conflict(unit, ghost)) | waiting)
+                m.d.comb += Assert(~(live & taken & self._conflict(unit, ghost)) | waiting | held)
+                held = held | (taken & self._conflict(unit, ghost))
             queue = self.queues[unit]
             starts = queue.o.valid & queue.o.ready
             m.d.comb += Assert(~(starts & live & self._conflict(unit, queue.o.payload)))
@@ -301,7 +317,7 @@ def test_scoreboard_never_lets_a_hazard_through(tmp_path: Path, segments: int, p
     assert run_sby(ScoreboardHarness(segments, places), tmp_path, "prove", 1) == "PASS"
 
 
-@pytest.mark.parametrize("plant", ["reads", "completed"])
+@pytest.mark.parametrize("plant", ["reads", "completed", "late"])
 def test_a_broken_scoreboard_is_caught(tmp_path: Path, plant: str) -> None:
     assert run_sby(ScoreboardHarness(1, 1, plant), tmp_path, "bmc", 9) == "FAIL"
 
