@@ -308,6 +308,16 @@ def vector_latency(p: TimingParameters, opcode: int, occupancy: int) -> int:
     return p.vector_latency + p.add_latency * levels
 
 
+def row_written(p: TimingParameters, opcode: int, values: Any, occupancy: int) -> int:
+    """The first row that a vector instruction writes, if others of the unit can read behind it row by row, else -1.
+
+    They can if it is elementwise and its first row's result is there when they can start: when its occupancy is over.
+    """
+    if opcode >= VSUM or occupancy <= p.vector_latency:
+        return -1
+    return int(values[0]) // p.vector_lanes
+
+
 # Memory unit ----------------------------------------------------------------------------------------------
 def blocks_touched(first: int, count: int, stride: int, size: int, block: int) -> int:
     """Distinct aligned blocks (lines or rows) of `block` bytes that `count` elements touch.

@@ -50,6 +50,7 @@ vector_accesses = _formula(timing.vector_accesses)
 vector_count = _formula(timing.vector_count)
 vector_occupancy = _formula(timing.vector_occupancy)
 vector_latency = _formula(timing.vector_latency)
+row_written = _formula(timing.row_written)
 memory_accesses = _formula(timing.memory_accesses)
 blocks_touched = _formula(timing.blocks_touched)
 load_occupancy = _formula(timing.load_occupancy)
@@ -129,6 +130,7 @@ class State(NamedTuple):
     write_done: Ints  # [D, segments] completion of the segment's last writer
     write_unit: Ints  # [D, segments]
     write_late: Ints  # [D, segments] 1 if it is a reduction
+    write_row: Ints  # [D, segments] `row_written` by it, if it is of the vector unit
     read_done: Ints  # [D, U, segments] completion of the segment's last reader in each unit
     region_done: Ints  # [D, regions] completion of the last store to the region
     reduced: Ints  # [D, 2] completion of the last reduction, and its latency
@@ -176,6 +178,7 @@ def new_state(
         write_done=zeros(devices, segments),
         write_unit=zeros(devices, segments),
         write_late=zeros(devices, segments),
+        write_row=zeros(devices, segments) - 1,
         read_done=zeros(devices, UNITS, segments),
         region_done=zeros(devices, 16),
         reduced=zeros(devices, 2),
@@ -228,8 +231,11 @@ def operands_ready(s: State, p: TimingParameters, d: int, unit: int, count: int,
     for i in range(count):
         first, words, written = s.ranges[i, 0], s.ranges[i, 1], s.ranges[i, 2]
         for segment in range(first // p.segment_words, (first + words - 1) // p.segment_words + 1):
-            ordered = s.write_unit[d, segment] == unit and s.write_late[d, segment] <= late
-            if not (written and ordered):
+            if written:
+                ordered = s.write_unit[d, segment] == unit and s.write_late[d, segment] <= late
+            else:
+                ordered = unit == VECTOR and s.write_row[d, segment] == first // p.vector_lanes
+            if not ordered:
                 ready, cause = later(ready, cause, s.write_done[d, segment], s.write_unit[d, segment])
             if written:
                 for other in range(MATRIX, RING + 1):
@@ -251,8 +257,13 @@ def start_instruction(s: State, d: int, unit: int, t: int, ready: int, cause: in
 
 
 @compiled
-def finish_instruction(s: State, p: TimingParameters, d: int, unit: int, count: int, done: int, late: int = 0) -> int:
-    """Record completion, in order within the unit, and the operand ranges' new last reader or writer."""
+def finish_instruction(
+    s: State, p: TimingParameters, d: int, unit: int, count: int, done: int, late: int = 0, row: int = -1
+) -> int:
+    """Record completion, in order within the unit, and the operand ranges' new last reader or writer.
+
+    `late` and `row`: whether it is a reduction, and `row_written`.
+    """
     done = max(done, s.done[d, unit])
     s.done[d, unit] = done
     for i in range(count):
@@ -262,6 +273,7 @@ def finish_instruction(s: State, p: TimingParameters, d: int, unit: int, count: 
                 s.write_done[d, segment] = done
                 s.write_unit[d, segment] = unit
                 s.write_late[d, segment] = late
+                s.write_row[d, segment] = row
             else:
                 s.read_done[d, unit, segment] = done
     return done

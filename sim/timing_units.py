@@ -96,6 +96,7 @@ from typebar.sim.timing_state import (
     overlap_end,
     record_slice,
     remember,
+    row_written,
     rows_consumed,
     rows_needed,
     stall,
@@ -139,7 +140,8 @@ def issue_vector(s: State, p: TimingParameters, code: Code, d: int, pc: int, t: 
     start = start_instruction(s, d, VECTOR, t, ready, C_UNIT + unit)
     s.free[d, VECTOR] = start + occupancy
     s.causes[d, VECTOR, C_COMPUTE] += occupancy
-    done = finish_instruction(s, p, d, VECTOR, count, start + occupancy + latency, late)
+    row = row_written(p, opcode, s.values, occupancy)
+    done = finish_instruction(s, p, d, VECTOR, count, start + occupancy + latency, late, row)
     if late:
         s.reduced[d, 0], s.reduced[d, 1] = done, latency
     record_slice(s, d, VECTOR, start, start + occupancy, pc)

@@ -131,6 +131,27 @@ def test_hazards_within_a_unit(second: str, start: int) -> None:
     assert slices(result, VECTOR) == [(1, 2), (start, start + 1)]
 
 
+@pytest.mark.parametrize(
+    ("words", "second", "start"),
+    [
+        (40, "vmul dst=1024 a=0 b=768 n=40", 6),  # five rows, a latency of four: the first is there in time
+        (40, "vmul dst=0 a=0 b=768 n=40", 6),  # in place as well
+        (40, "vmul dst=1024 a=768 b=0 n=80", 6),  # beyond its end as well
+        (40, "vmul b_from=word dst=1024 a=768 b=7 n=40", 6),  # a word of its first row
+        (40, "vsum dst=1024 a=0 n=8", 6),
+        (40, "vmul b_from=word dst=1024 a=768 b=8 n=40", 10),  # one of the next: done of the first
+        (40, "vmul dst=1024 a=8 b=768 n=8", 10),
+        (40, "vmul dst=1024 a=0 b=8 n=8", 10),  # both operands count
+        (40, "store format=fp32 region=io a=0 outer=1 inner=8 inner_bytes=4", 10),  # in another unit
+        (32, "vmul dst=1024 a=0 b=768 n=32", 9),  # four rows
+    ],
+)
+def test_a_vector_instruction_follows_another_row_by_row(words: int, second: str, start: int) -> None:
+    result = run(f"vadd dst=0 a=256 b=512 n={words}\n{second}\nhalt")
+    unit = MEMORY if second.startswith("store") else VECTOR
+    assert slices(result, unit)[-1][0] == start
+
+
 @pytest.mark.parametrize(("second", "start"), [("vadd dst=128 a=768 b=768 n=8", 18), ("vsum dst=128 a=768 n=8", 2)])
 def test_a_write_after_a_reduction_waits_unless_it_is_one(second: str, start: int) -> None:
     result = run(f"vsum dst=0 a=256 n=8\n{second}\nhalt")

@@ -152,7 +152,8 @@ class Device:
         reads, writes = self.accesses(i)
         for segment in reads | writes:
             last = next((older for older in reversed(self.every) if segment in older.writes), None)
-            if last and (segment in reads or not self.in_order(last, i)):
+            written = segment in writes and not (last and self.in_order(last, i))
+            if last and (written or (segment in reads and not self.follows(last, i, segment))):
                 i.waits.append(last)
         for older in self.every:
             if older.op.kind.unit != i.op.kind.unit and older.reads & writes:
@@ -167,6 +168,22 @@ class Device:
         """Whether the younger of two instructions' results is written later in any case."""
         reductions = [item.op.kind.name in REDUCTIONS for item in (older, i)]
         return older.op.kind.unit == i.op.kind.unit and reductions != [True, False]
+
+    def follows(self, older: Instruction, i: Instruction, segment: int) -> bool:
+        """Whether the unit has the older one's rows where, and as long as, the younger one reads them in turn."""
+        if {older.op.kind.unit.name, i.op.kind.unit.name} != {"VECTOR"} or older.op.kind.name in REDUCTIONS:
+            return False
+        if self.beats(older) <= self.m.vector.latency:
+            return False
+        rows, lanes = set(), self.m.vector.lanes
+        reads = {"a": i.values["n"]} if "a" in i.values else {}
+        if "b" in i.values and "n" in i.values:
+            reads["b"] = (i.values["n"], 1, 0)[self.flag(i, "b_from")]
+        for name, words in reads.items():
+            first = i.values[name]
+            if any(word // self.m.segment_words == segment for word in range(first, first + words)):
+                rows.add(first // lanes)
+        return rows == {older.values["dst"] // lanes}
 
     def plan_matmul(self, i: Instruction) -> None:
         """Enumerate bursts byte by byte: rows each step needs in all, rows it frees, the range of rows."""

@@ -1,12 +1,12 @@
 """The scoreboard: which tickets an instruction must wait for, by register segment and by memory row.
 
 Rules (docs/timing.md, "Start: hazards"). Registers: a read waits for the last writer of each segment it covers,
-whatever its unit; a write for that of another unit, or for a reduction of its own if it is none, and for the last
-reader in each other unit. Memory: a matmul's fetch half waits for older HBM stores to overlapping rows, an HBM store
-for the fetch halves of older matmuls with overlapping rows, a load from DDR for the last store to its region. A
-reduction waits for the one before it if that has more levels. `waits` and `fetch_waits` follow the operands in the same
-cycle; with `issue` the instruction's own tickets enter the tables at the cycle's end. A table drops a ticket when it is
-done.
+whatever its unit, except in the vector unit for one that it follows row by row; a write for that of another unit, or
+for a reduction of its own if it is none, and for the last reader in each other unit. Memory: a matmul's fetch half
+waits for older HBM stores to overlapping rows, an HBM store for the fetch halves of older matmuls with overlapping
+rows, a load from DDR for the last store to its region. A reduction waits for the one before it if that has more levels.
+`waits` and `fetch_waits` follow the operands in the same cycle; with `issue` the instruction's own tickets enter the
+tables at the cycle's end. A table drops a ticket when it is done.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class SegmentTable(wiring.Component):
 
     In: the segments read and written (one bit each), the issuing unit's domain (0 to 3), whether its result is `late`
     (its unit may write that of a younger instruction earlier, if that is not late as well), its ticket, `issue`, and
-    the tickets `completed`. Out: `waits`, for each unit the youngest ticket to wait for. An instruction that issues in
+    the tickets `completed`. `behind`: segments that it may read before the last writer is done, if that is of its own
+    unit and not late. Out: `waits`, for each unit the youngest ticket to wait for. An instruction that issues in
     one cycle is seen by the next one's look-up. `writers` and `readers` are the state, for proofs.
     """
 
@@ -56,6 +57,7 @@ class SegmentTable(wiring.Component):
                 "writes": In(segments),
                 "unit": In(range(max(len(units), 2))),
                 "late": In(1),
+                "behind": In(segments),
                 "ticket": In(bits),
                 "issue": In(1),
                 "completed": In(data.ArrayLayout(bits, len(Domain))),
@@ -69,8 +71,10 @@ class SegmentTable(wiring.Component):
         candidates: dict[Domain, list[tuple[Value, Value]]] = {unit: [] for unit in self.units}
         for segment in range(self.segments):
             writer = self.writers[segment]
-            overtakes = (writer.unit != self.unit) | (writer.late & ~self.late)
-            follows = self.reads[segment] | (self.writes[segment] & overtakes)
+            own = writer.unit == self.unit
+            follows = (self.reads[segment] & ~(own & ~writer.late & self.behind[segment])) | (
+                self.writes[segment] & ~(own & (~writer.late | self.late))
+            )
             last = reduce(or_, (Mux(writer.unit == unit, self.completed[unit], 0) for unit in self.units))
             live = Signal(name=f"writer_live_{segment}")
             m.d.comb += live.eq(writer.valid & owed(writer.ticket, last[: self.bits]))
@@ -193,6 +197,7 @@ class Scoreboard(wiring.Component):
             segments.writes.eq(reduce(or_, (masks[name] for name in WRITTEN))),
             segments.unit.eq(self.unit),
             segments.late.eq(self.reduces),
+            segments.behind.eq(self._behind(m, masks)),
             segments.ticket.eq(self.ticket),
             segments.issue.eq(self.issue),
             segments.completed.eq(self.completed),
@@ -233,6 +238,26 @@ class Scoreboard(wiring.Component):
             above = item.last >= index * words
             m.d.comb += mask[index].eq(item.valid & below & above)
         return mask
+
+    def _behind(self, m: Module, masks: dict[str, Value]) -> Value:
+        """Segments whose last writer a vector instruction's operands follow row by row, none starting elsewhere.
+
+        That writer is elementwise and has more rows than its latency has cycles, so that when it has left the unit its
+        first row is written.
+        """
+        lanes, vector = self.machine.vector.lanes.bit_length() - 1, self.unit == Domain.VECTOR
+        first = {name: self.ranges[name].first[lanes:] for name in ("dst", "a", "b")}
+        dst = self.ranges["dst"]
+        rows = (dst.last - dst.first)[lanes:]
+        behind = Signal(self.machine.vector.segments)
+        for segment in range(self.machine.vector.segments):
+            row = Signal.like(first["dst"], name=f"row_{segment}", reset_less=True)
+            long = Signal(name=f"long_{segment}")
+            with m.If(self.issue & masks["dst"][segment]):
+                m.d.sync += [row.eq(first["dst"]), long.eq(vector & (rows >= self.machine.vector.latency))]
+            same = [~masks[name][segment] | (first[name] == row) for name in ("a", "b")]
+            m.d.comb += behind[segment].eq(vector & long & same[0] & same[1])
+        return behind
 
     def _last_reduction(self, m: Module) -> tuple[Value, Value]:
         """The reduction that a reduction of fewer levels over rows waits for: the last one."""

@@ -239,7 +239,7 @@ class _Author:
         return self.operand(self.address(max(1, words), write, aligned), vector=True)
 
     def length(self, most: int = 120) -> int:
-        n = self.random.choice([0, 1, 2, 7, 8, 9, 16, 24, 30, 64, self.random.randint(1, 120)])
+        n = self.random.choice([0, 1, 2, 7, 8, 9, 16, 24, 30, 64, 120, self.random.randint(1, 120)])
         return min(n, most)
 
     def scratch(self) -> Operand:

@@ -30,6 +30,7 @@ from typebar.isa.timing import (
     MAX_ACCESSES,
     VSUM,
     Cause,
+    row_written,
     timing_parameters,
     vector_accesses,
     vector_count,
@@ -166,7 +167,29 @@ def random_op(machine: Machine, rng: np.random.Generator, name: str) -> Op:
 def random_program(machine: Machine, rng: np.random.Generator, count: int) -> list[Op]:
     names = [name for name, kind in BY_NAME.items() if kind.unit.name == "VECTOR"]
     weights = np.array([2.0 if BY_NAME[name].opcode >= VSUM else 1.0 for name in names])
-    return [random_op(machine, rng, str(name)) for name in rng.choice(names, count, p=weights / weights.sum())]
+    program = [random_op(machine, rng, str(name)) for name in rng.choice(names, count, p=weights / weights.sum())]
+    for place in rng.choice(count - 1, count // 20, replace=False):
+        program[place : place + 2] = chain(machine, rng)
+    return program
+
+
+def chain(machine: Machine, rng: np.random.Generator) -> list[Op]:
+    """An instruction about as long as it must be to be followed row by row, and one that may follow it."""
+    lanes = machine.vector.lanes
+    n = lanes * (machine.vector.latency + int(rng.integers(-1, 3))) + int(rng.integers(1, lanes))
+    dst = int(rng.integers(0, 64)) // machine.vector.align * machine.vector.align
+    first = op("vmul", b_from=Source.IMMEDIATE, imm=0x3F000000, dst=dst, a=dst, n=n)
+    other = dst + n + machine.vector.align - 1
+    other -= other % machine.vector.align
+    word = dst + int(rng.integers(0, 2 * lanes))
+    followers = (
+        op("vunary", function=Function.SILU, dst=dst, a=dst, n=n),
+        op("vadd", b_from=Source.VECTOR, dst=dst, a=dst, b=dst, n=n + lanes),
+        op("vsub", b_from=Source.WORD, dst=other, a=dst, b=word, n=n),
+        op("vmov", b_from=Source.WORD, dst=other, b=word, n=n),
+        op("vsumsq", dst=word, a=dst, n=n),
+    )
+    return [first, followers[int(rng.integers(0, len(followers)))]]
 
 
 # The contract ---------------------------------------------------------------------------------------------
@@ -200,6 +223,7 @@ def expect(machine: Machine, program: list[Op], rng: np.random.Generator, alone:
     ranges = np.zeros((MAX_ACCESSES, 3), np.int64)
     free = done = reduced = slowest = 0
     reductions: set[int] = set()
+    rows: dict[int, int] = {}
     issue = -1
     for item in program:
         modifiers, values = fields_of(item)
@@ -207,11 +231,14 @@ def expect(machine: Machine, program: list[Op], rng: np.random.Generator, alone:
         issue += 1 if alone or rng.random() < 0.8 else int(rng.integers(1, 40))
         waits = {Cause.VECTOR: 0}
         touched = []
-        for first, words, written in ranges[: vector_accesses(opcode, modifiers, values, ranges)].tolist():
+        found = ranges[: vector_accesses(opcode, modifiers, values, ranges)].tolist()
+        for first, words, written in found:
             segments = range(first // machine.segment_words, (first + words - 1) // machine.segment_words + 1)
             touched += [segment for segment in segments if written]
             if not written:
-                waits[Cause.VECTOR] = max(waits[Cause.VECTOR], *(segment_done[segment] for segment in segments))
+                row = first // machine.vector.lanes
+                others = [segment_done[segment] for segment in segments if rows.get(segment) != row]
+                waits[Cause.VECTOR] = max(waits[Cause.VECTOR], *others, 0)
             elif opcode < VSUM:
                 late = [segment_done[segment] for segment in segments if segment in reductions]
                 waits[Cause.VECTOR] = max(waits[Cause.VECTOR], *late, 0)
@@ -239,6 +266,7 @@ def expect(machine: Machine, program: list[Op], rng: np.random.Generator, alone:
         for segment in touched:
             segment_done[segment] = done
             (reductions.add if opcode >= VSUM else reductions.discard)(segment)
+            rows[segment] = row_written(p, opcode, values, occupancy)
         result.start.append(start)
         result.done.append(done)
     return result

@@ -119,7 +119,8 @@ class ScoreboardHarness(wiring.Component):
 
     One instruction, a, is chosen freely. The claim: no younger instruction starts before a is done if the two touch a
     segment that one of them writes. If they are of one unit, only if a writes and the younger reads, or if a's result
-    is late and the younger's is not: within a unit order is enough.
+    is late and the younger's is not: within a unit order is enough. Nor need it wait to read `behind` a result of its
+    own unit that is not late.
 
     Induction needs to know why: the table leads from a segment to a, or to a queued instruction that conflicts with a
     as well and so cannot have started either; and whatever conflicts with a waits for one of these, or behind one.
@@ -127,7 +128,7 @@ class ScoreboardHarness(wiring.Component):
 
     def __init__(self, segments: int, places: int, plant: str = "") -> None:
         self.segments, self.places, self.plant = segments, places, plant
-        touched = {"ticket": BITS, "reads": segments, "writes": segments, "late": 1}
+        touched = {"ticket": BITS, "reads": segments, "writes": segments, "late": 1, "behind": segments}
         # What the queues carry for the proof: the instruction, and whether it is younger than a.
         self.ghost = data.StructLayout({**touched, "after": 1})
         self.chosen = data.StructLayout({**touched, "known": 1, "unit": 1})
@@ -139,6 +140,7 @@ class ScoreboardHarness(wiring.Component):
                 "issue": In(1),
                 "unit": In(1),
                 "late": In(1),
+                "behind": In(segments),
                 "reads": In(segments),
                 "writes": In(segments),
                 "choose": In(1),
@@ -161,6 +163,7 @@ class ScoreboardHarness(wiring.Component):
             table.reads.eq(self.reads if self.plant != "reads" else 0),
             table.writes.eq(self.writes),
             table.unit.eq(self.unit),
+            table.behind.eq(self.behind if self.plant != "behind" else self.reads),
             table.late.eq(self.late if self.plant != "late" else 1),
             table.issue.eq(issue),
         ]
@@ -187,6 +190,7 @@ class ScoreboardHarness(wiring.Component):
             payload.reads.eq(self.reads),
             payload.writes.eq(self.writes),
             payload.late.eq(self.late),
+            payload.behind.eq(self.behind),
             payload.after.eq(self._a.known),
             queue.waits.eq(table.waits),
             queue.o.ready.eq(self.ready[unit] & (active != RUNNING)),
@@ -238,8 +242,9 @@ class ScoreboardHarness(wiring.Component):
     def _conflict(self, unit: int, item: data.View) -> Value:
         """Whether an instruction is younger than a and must wait for it."""
         a = self._a
-        overtakes = (a.unit != unit) | (a.late & ~item.late)
-        after_write = (a.writes & item.reads).any() | ((a.writes & item.writes).any() & overtakes)
+        other = a.unit != unit
+        after_write = (a.writes & item.reads & ~Mux(other | a.late, 0, item.behind)).any()
+        after_write = after_write | ((a.writes & item.writes).any() & (other | (a.late & ~item.late)))
         after_read = (a.reads & item.writes).any() & (a.unit != unit)
         return item.after & (after_write | after_read)
 
@@ -317,7 +322,7 @@ def test_scoreboard_never_lets_a_hazard_through(tmp_path: Path, segments: int, p
     assert run_sby(ScoreboardHarness(segments, places), tmp_path, "prove", 1) == "PASS"
 
 
-@pytest.mark.parametrize("plant", ["reads", "completed", "late"])
+@pytest.mark.parametrize("plant", ["reads", "completed", "late", "behind"])
 def test_a_broken_scoreboard_is_caught(tmp_path: Path, plant: str) -> None:
     assert run_sby(ScoreboardHarness(1, 1, plant), tmp_path, "bmc", 9) == "FAIL"
 
