@@ -403,25 +403,22 @@ def last_hold(p: TimingParameters, vectors: int, size: int) -> int:
     return max(step_cycles(p, vectors, size), vectors * row_writes)
 
 
-def chunk_load(p: TimingParameters, modifiers: Any, vectors: int) -> int:
+def chunk_load(p: TimingParameters, modifiers: Any, vectors: int, columns: int, chunk: int, chunks: int) -> int:
     """Cycles that the operands of one chunk take through the unit's port of the register file, a row a cycle.
 
-    They are the chunk of each vector, and of a column patch.
+    They are the chunk of each vector, and of a column patch; with the first of a column block of `columns` columns also
+    a lane patch, the sums that accumulators start from, and a scale word. The block's column scales and bias, which
+    results need, come along with its `chunks` chunks, no more with each than one vector's, the rest with the last.
     """
-    vectors_read = vectors + (1 if modifiers[X_PATCH] == PATCH_COLUMN else 0)
-    return max(1, p.lanes // p.vector_lanes) * vectors_read
-
-
-def block_load(p: TimingParameters, modifiers: Any, vectors: int, columns: int) -> int:
-    """Cycles that the operands of a whole column block of `columns` columns add to its first chunk's `chunk_load`.
-
-    They are the column scales, the bias, a lane patch, and the sums that accumulators start from; and a scale word.
-    """
-    rows = vectors if modifiers[X_ACCUMULATE] else 0
-    rows += 1 if modifiers[X_ADD_BIAS] else 0
-    rows += 1 if modifiers[X_SCALING] == SCALE_COLUMN else 0
-    rows += 1 if modifiers[X_PATCH] == PATCH_LANE else 0
-    return -(-columns // p.vector_lanes) * rows + (1 if modifiers[X_SCALING] == SCALE_WORD else 0)
+    vector_rows = max(1, p.lanes // p.vector_lanes)
+    rows = vector_rows * (vectors + (1 if modifiers[X_PATCH] == PATCH_COLUMN else 0))
+    column_rows = -(-columns // p.vector_lanes)
+    if chunk == 0:
+        whole = (vectors if modifiers[X_ACCUMULATE] else 0) + (1 if modifiers[X_PATCH] == PATCH_LANE else 0)
+        rows += column_rows * whole + (1 if modifiers[X_SCALING] == SCALE_WORD else 0)
+    late = (1 if modifiers[X_ADD_BIAS] else 0) + (1 if modifiers[X_SCALING] == SCALE_COLUMN else 0)
+    left = max(0, column_rows * late - chunk * vector_rows)
+    return rows + (left if chunk == chunks - 1 else min(left, vector_rows))
 
 
 def burst_rows(p: TimingParameters, columns: int, size: int) -> int:

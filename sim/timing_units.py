@@ -75,7 +75,6 @@ from typebar.sim.timing_state import (
     Code,
     Ints,
     State,
-    block_load,
     blocks_touched,
     chunk_load,
     compiled,
@@ -344,11 +343,9 @@ def _stream(
     for first_column in range(0, n, p.column_block):
         columns = min(p.column_block, n - first_column)
         steps = _plan_chunk(s, p, columns, step_columns, size)
-        load = chunk_load(p, modifiers, vectors) + block_load(p, modifiers, vectors, columns)
         for chunk in range(chunks):
             requested, freed, oldest = 0, 0, place
-            loaded = chunk_begin + load
-            load = chunk_load(p, modifiers, vectors)
+            loaded = chunk_begin + chunk_load(p, modifiers, vectors, columns, chunk, chunks)
             hold = last_hold(p, vectors, size) if chunk == chunks - 1 else step_cycles(p, vectors, size)
             for step in range(steps):
                 while requested < plan[0, step]:

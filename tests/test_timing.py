@@ -319,6 +319,16 @@ def test_operands_of_a_block_load_while_the_block_before_computes() -> None:
     assert result.causes[0]["matrix"] == {"issue": 1, "compute": 16, "operands": 26, "drain": 27}
 
 
+def test_scales_and_bias_load_with_all_chunks_of_a_block() -> None:
+    # 1 + 8 sums + 1 of the 16 rows of scales and bias: steps at 11 to 17, and at 19, when row 15 is usable; with the
+    # last chunk the other 15: steps 16 cycles after the first, from 27 to 31, and as the last rows come, at 33, 35, 37.
+    text = "matmul format=fp16 region=weights outer=1 inner=1 k=16 n=64 src=256 dst=1024 accumulate=1"
+    result = run(f"{text} bias=2048 add_bias=1 scale=4096 scaling=column\nhalt", hbm__latency=1)
+    assert slices(result, MATRIX) == [(1, 38)]
+    causes = {"issue": 1, "compute": 16, "operands": 17, "weights": 4, "drain": 27}
+    assert result.causes[0]["matrix"] == causes
+
+
 def test_of_waits_that_end_together_rows_come_before_sums_and_sums_before_operands() -> None:
     assert run(f"{MATMUL} n=4 src=256\nhalt", hbm__latency=1).causes[0]["matrix"]["weights"] == 1
     text = "matmul format=fp16 region=weights outer=4 inner=1 k=16 n=4 src=256\nhalt"

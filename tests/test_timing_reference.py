@@ -201,11 +201,17 @@ class Device:
         for block in range(ceil(n, width)):
             columns = min(width, n - block * width)
             stored = width if self.flag(i, "full") else ceil(columns, m.column_granule(e)) * m.column_granule(e)
+            there = {"scale": self.flag(i, "scaling") == 2, "bias": self.flag(i, "add_bias")}
+            operands = [name for name, used in there.items() if used]
+            late = [(name, row) for name in operands for row in range(0, columns, m.vector.lanes)]
             for chunk in range(chunks):
                 base = v["line"] * 64 + (block * chunks * width + chunk * stored) * lanes * e
                 assert base % m.row_bytes == 0
                 last_byte = base + columns * lanes * e - 1
                 load = self.operand_rows(i, columns, chunk == 0)
+                several = len(late) if chunk == chunks - 1 else len(range(0, lanes, m.vector.lanes))
+                load += len(late[:several])
+                del late[:several]
                 for group, first in enumerate(range(0, columns, per_step)):
                     end = min(first + per_step, columns) * lanes * e
                     needed = (end - 1) // m.row_bytes + 1
@@ -227,7 +233,7 @@ class Device:
         for _ in range(vectors + (patch == 1)):
             rows += len(range(0, self.m.matrix.lanes, width))
         if opens_block:
-            whole = [scaling == 2, self.flag(i, "add_bias"), patch == 2, *[self.flag(i, "accumulate")] * vectors]
+            whole = [patch == 2, *[self.flag(i, "accumulate")] * vectors]
             rows += sum(map(bool, whole)) * len(range(0, columns, width)) + (scaling == 1)
         return rows
 

@@ -354,8 +354,7 @@ def steps(matrix: Matrix, vectors: int, start: int) -> Iterator[tuple[int, int, 
     for first in range(0, matrix.n, P.column_block):
         columns, sums = min(P.column_block, matrix.n - first), {}
         for chunk in range(chunks):
-            load = timing.chunk_load(P, modifiers, vectors)
-            load += timing.block_load(P, modifiers, vectors, columns) if chunk == 0 else 0
+            load = timing.chunk_load(P, modifiers, vectors, columns, chunk, chunks)
             last = chunk == chunks - 1
             hold = (timing.last_hold if last else timing.step_cycles)(P, vectors, size)
             for step in range(-(-columns // width)):

@@ -25,7 +25,6 @@ from typebar.isa.program import Op, Operand, Program, op
 from typebar.isa.timing import (
     MAX_ACCESSES,
     Cause,
-    block_load,
     burst_rows,
     chunk_load,
     fold,
@@ -269,11 +268,11 @@ def expected_times(
             step_columns, chunk_begin = fold(p, vectors, size) * p.columns, start
             for first in range(0, n, p.column_block):
                 columns = min(p.column_block, n - first)
-                load = chunk_load(p, modifier_values, vectors) + block_load(p, modifier_values, vectors, columns)
                 begins: dict[int, int] = {}
                 chunks = -(-k // p.lanes)
                 for chunk in range(chunks):
                     last = chunk == chunks - 1
+                    load = chunk_load(p, modifier_values, vectors, columns, chunk, chunks)
                     hold = last_hold(p, vectors, size) if last else step_cycles(p, vectors, size)
                     for step in range(-(-columns // step_columns)):
                         usable = int(outcome.usable[row + rows_needed(p, columns, step_columns, step, size) - 1])
@@ -288,7 +287,7 @@ def expected_times(
                         causes[cause] += begin - end
                         causes[Cause.COMPUTE] += hold
                         if step == 0:
-                            chunk_begin, load = begin, chunk_load(p, modifier_values, vectors)
+                            chunk_begin = begin
                         begins[step] = begin
                         end = begin + hold
                         done_rows = rows_consumed(p, columns, step_columns, step, size)
