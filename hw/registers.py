@@ -1,8 +1,8 @@
 """The vector register file: one memory block for each hazard segment, one copy of it for each reader.
 
-A block has one write port. That is enough: an unfinished instruction owns the segments that it writes (the scoreboard
-lets no other write there), and the two write ports of a unit serve instructions of different segments. Each read port
-has a full copy, so readers never wait either.
+A block has one write port. That is enough: unfinished instructions of one unit own the segments that they write (the
+scoreboard lets no other unit write there), and of the vector unit's two ports a reduction's is used after all rows of
+older instructions and before those of younger ones. Each read port has a full copy, so readers never wait either.
 """
 
 from __future__ import annotations
