@@ -29,8 +29,6 @@ _FINE = 1 << _FINE_BITS
 """Products are shifted by multiples of this in look-up tables, and by the rest in a multiplier."""
 _CHAIN = 5
 """Slices that add one after the other. Three have registers enough to wait for one another; two more need some."""
-_SLICED_LEVELS = 2
-"""Levels of the tree of exponents with comparisons in slices."""
 _LEVELS = 3
 """Levels of the tree of adders between two cuts."""
 
@@ -90,9 +88,9 @@ class DotProduct(wiring.Component):
         products = self._products(m, [first, *ahead], lanes)
         s = pipe.cut(signs=lanes.signs, nan=self.nan)
         tops = lanes.exponents
-        for i in range(rounds):
-            for level in range(2 * i, 2 * i + 2):
-                tops = _largest(m, tops, level)
+        for _ in range(rounds):
+            for _ in range(2):
+                tops = _reduce(m, tops, _larger)
             s = pipe.cut(tops=tops, signs=s.signs, nan=s.nan)
             tops = s.tops
         before = sum(ahead[:rounds])
@@ -230,22 +228,8 @@ def _reduce(m: Module, values: list[Any], join: Callable[[Module, Any, Any], Any
     return pairs + values[len(values) & ~1 :]
 
 
-def _largest(m: Module, values: list[Any], level: int) -> list[Any]:
-    """The larger one of each pair; in the first levels, where there are most, slices compare them."""
-    pairs = values[0::2], values[1::2]
-    if level < _SLICED_LEVELS:
-        count = len(pairs[1])
-        less = [
-            bits[-1]
-            for bits in sums(m, f"level{level}_", pairs[0][:count], pairs[1], bits=EXPONENT_BITS + 1, subtract=True)
-        ]
-    else:
-        less = [a < b for a, b in zip(*pairs, strict=False)]
-
-    def larger(m: Module, a: Any, b: Any) -> Any:
-        return named(m, Mux(less.pop(0), b, a), "larger")
-
-    return _reduce(m, values, larger)
+def _larger(m: Module, a: Any, b: Any) -> Any:
+    return named(m, Mux(a < b, b, a), "larger")
 
 
 def _sum(bits: int, m: Module, a: Any, b: Any) -> Any:
