@@ -44,10 +44,12 @@ def pack(raw: np.ndarray, layout: PackedLayout, rng: np.random.Generator) -> np.
 
 
 def raw_elements(rng: np.random.Generator, fmt: Format, shape: tuple[int, int], kind: str) -> np.ndarray:
-    """Elements of a memory format: any bit pattern, or numbers of like size that cancel and tie."""
+    """Elements of a memory format: any bit pattern, fp16's subnormals, or numbers of like size that cancel and tie."""
     if kind == "any":
         size = raw_dtype(fmt).itemsize
         return rng.integers(0, 256**size, shape, dtype=np.uint64).astype(f"u{size}").view(raw_dtype(fmt))
+    if kind == "subnormal" and fmt is Format.FP16:
+        return (rng.integers(0, 1 << rng.integers(1, 11), shape) | rng.integers(0, 2, shape) << 15).astype(np.uint16)
     values = rng.integers(-40, 40, shape).astype(np.float32)
     if kind == "normal" and fmt is not Format.INT8:
         values = (rng.standard_normal(shape) * 2.0 ** rng.integers(-12, 12, shape)).astype(np.float32)
@@ -55,7 +57,7 @@ def raw_elements(rng: np.random.Generator, fmt: Format, shape: tuple[int, int], 
 
 
 def vector_values(rng: np.random.Generator, shape: tuple[int, ...], kind: str) -> np.ndarray:
-    """Register values: any bit pattern, extreme exponents of either end, or ordinary; many zeros."""
+    """Register values: any bit pattern, extreme exponents of either end, or ordinary, far apart or not; many zeros."""
     if kind == "any":
         x = from_bits(rng.integers(0, 1 << 32, shape, dtype=np.uint64))
     elif kind == "huge":
@@ -64,11 +66,13 @@ def vector_values(rng: np.random.Generator, shape: tuple[int, ...], kind: str) -
         x = np.ldexp(rng.standard_normal(shape), rng.integers(-55, -40, shape)).astype(np.float32)
     else:
         x = rng.standard_normal(shape).astype(np.float32)
+    if kind == "wide":
+        x = np.ldexp(x, rng.integers(-20, 1, shape)).astype(np.float32)
     x[rng.random(shape) < 0.2] = 0
     return x
 
 
-KINDS = st.sampled_from(["any", "huge", "tiny", "normal"])
+KINDS = st.sampled_from(["any", "huge", "tiny", "wide", "normal"])
 
 
 @given(
@@ -77,7 +81,7 @@ KINDS = st.sampled_from(["any", "huge", "tiny", "normal"])
     lanes=st.sampled_from([4, 8, 16, 32, 64, 128]),
     shape=st.tuples(st.integers(1, 3), st.integers(1, 300), st.integers(1, 40)),
     block=st.tuples(st.sampled_from([4, 16, 32]), st.sampled_from([1, 2, 4]), st.booleans()),
-    kinds=st.tuples(st.sampled_from(["any", "normal", "whole"]), KINDS),
+    kinds=st.tuples(st.sampled_from(["any", "normal", "subnormal", "whole"]), KINDS),
     patch_kind=st.sampled_from(list(Patch)),
     start=st.booleans(),
 )
