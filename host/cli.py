@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from typebar.host import cli_check, cli_doctor, cli_model, cli_report, cli_rtl, cli_tools
+from typebar.host import cli_check, cli_doctor, cli_explore, cli_model, cli_report, cli_rtl, cli_tools
 from typebar.host.cli_errors import guarded
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ for _command in (
     cli_model.run,
     cli_model.simulate,
     cli_report.report,
+    cli_explore.explore,
     cli_check.compare,
     cli_tools.disasm,
     cli_tools.asm,
