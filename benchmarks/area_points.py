@@ -33,12 +33,14 @@ POINTS: dict[str, list[str]] = {
     "tiny hbm.channels=4 matrix.fifo_port_bytes=512 hbm.fifo_bytes=16384": ["fetch"],
     f"{_NARROW}1": ["matrix"],
     "tiny matrix.rows=1": ["matrix"],
+    f"{_NARROW}2 matrix.fifo_port_bytes=64": ["matrix"],
     f"{_NARROW}1 matrix.lanes=32 matrix.fifo_port_bytes=512": ["matrix"],
     f"{_NARROW}1 matrix.columns=16 matrix.interleave=4 matrix.fifo_port_bytes=512": ["matrix"],
-    f"{_NARROW}2 matrix.fifo_port_bytes=64": ["matrix"],
     f"{_NARROW}2": ["matrix"],
     f"{_U280} ": ["matrix"],
-    "u280 matrix.columns=16 matrix.fifo_port_bytes=2048 matrix.dot_latency=25 hbm.fifo_bytes=8388608": ["matrix"],
+    "u280 matrix.columns=16 matrix.fifo_port_bytes=2048 matrix.dot_latency=25 hbm.fifo_bytes=8388608": [
+        "fetch", "ring", "matrix",
+    ],
 }  # fmt: skip
 """Machines by their settings, and the units measured there; the quick ones first."""
 

@@ -127,41 +127,31 @@ def values(items: Sequence[str]) -> dict[str, list[str]]:
 
 
 def print_exploration(found: Exploration) -> None:
-    """Tables: every point, by model, fastest first; and what cannot be."""
-    names = list(dict.fromkeys(name for point in found.points for name in point.varied))
-    header = (
-        "model",
-        "devices",
-        *names,
-        "ms/token",
-        "limit",
-        "first token ms",
-        "LUT",
-        "DSP",
-        "BRAM",
-        "URAM",
-        "area",
-        "",
-    )
-    shapes = list(dict.fromkeys(point.shape for point in found.points))
-    ordered = sorted(found.points, key=lambda point: (shapes.index(point.shape), point.ms_per_token, point.area))
-    rows = [
-        (
-            point.shape,
-            point.devices,
-            *(point.varied[name] for name in names),
-            f"{point.ms_per_token:.4f}",
-            f"{point.figures.limit_ms_per_token:.4f}",
-            f"{point.figures.first_token_ms:.2f}",
-            *(f"{point.shares[kind]:.1%}" for kind in ("LUT", "DSP", "BRAM", "URAM")),
-            f"{point.area:.3f}",
-            _mark(point, found.limit),
+    """Tables: every model's points, fastest first; and what cannot be."""
+    for shape in found.fronts():
+        points = sorted(
+            (point for point in found.points if point.shape == shape),
+            key=lambda point: (point.ms_per_token, point.area),
         )
-        for point in ordered
-    ]
-    if rows:
-        title = f"{found.machine}, {found.weights}: {found.prompt_tokens} + {found.new_tokens} tokens; shares of a U280"
-        print_table(title, header, rows, numbers=range(1, len(header) - 1))
+        names = list(points[0].varied)
+        header = ("devices", *_short(names), "ms/token", "limit", "first token ms", "LUT", "largest", "area", "")
+        rows = [
+            (
+                point.devices,
+                *(point.varied[name] for name in names),
+                f"{point.ms_per_token:.4f}",
+                f"{point.figures.limit_ms_per_token:.4f}",
+                f"{point.figures.first_token_ms:.2f}",
+                f"{point.shares['LUT']:.1%}",
+                _largest(point),
+                f"{point.area:.3f}",
+                _mark(point, found.limit),
+            )
+            for point in points
+        ]
+        lengths = f"{found.prompt_tokens} + {found.new_tokens} tokens"
+        title = f"{shape} on {found.machine}, {found.weights}, {lengths}; shares of a U280"
+        print_table(title, header, rows, numbers=range(len(header) - 1))
     if found.refused:
         refusals = [
             (
@@ -172,6 +162,18 @@ def print_exploration(found: Exploration) -> None:
             for item in found.refused
         ]
         print_table("Cannot be", ("machine", "model", "reason"), refusals)
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Parameters without their sections, where that tells them apart."""
+    leaves = [name.rpartition(".")[2] for name in names]
+    return leaves if len(set(leaves)) == len(names) else list(names)
+
+
+def _largest(point: Point) -> str:
+    """The resource of which a design takes the largest share."""
+    kind = max(point.shares, key=lambda kind: point.shares[kind])
+    return f"{kind} {point.shares[kind]:.1%}"
 
 
 def _mark(point: Point, limit: float) -> str:

@@ -157,12 +157,12 @@ def _matrix_terms(machine: Machine) -> Terms:
     groups = max(machine.fold(1, size) for size in (1, 2, 4))
     dots, columns = matrix.columns * matrix.rows, matrix.columns * groups
     return {
+        "unit": 1,
         "lane of a dot unit": dots * matrix.lanes,
         "dot unit": dots,
         "lane of a weight column": columns * matrix.lanes,
         "lane of a vector": matrix.rows * matrix.lanes,
         "word of a register row": machine.vector.lanes,
-        "unit": 1,
     }
 
 
@@ -170,46 +170,42 @@ def _fetch_terms(machine: Machine) -> Terms:
     banks = max(1, machine.matrix.fifo_port_bytes // machine.row_bytes)
     channels, bits = machine.hbm.channels, 8 * machine.hbm.channel_bytes
     return {
+        "unit": 1,
         "channel's bit": channels * bits,
         "turned bit of a bank": channels * bits * banks * (banks.bit_length() - 1),
         "channel": channels,
-        "unit": 1,
     }
 
 
 def _control_terms(machine: Machine) -> Terms:
     bits, depth = ticket_bits(machine), machine.control.queue_depth
     return {
+        "unit": 1,
         "queued ticket's bit": depth * bits,
         "queued instruction, in 32": max(1, depth // 32) + (depth > 32),
         "segment's ticket's bit": machine.vector.segments * bits,
-        "unit": 1,
     }
 
 
 def _registers_terms(machine: Machine) -> Terms:
     vector = machine.vector
-    return {"segment's word": vector.segments * vector.lanes, "segment": vector.segments, "unit": 1}
+    return {"unit": 1, "segment's word": vector.segments * vector.lanes, "segment": vector.segments}
 
 
 def _word_terms(machine: Machine) -> Terms:
-    return {"word of a register row": machine.vector.lanes, "unit": 1}
+    return {"unit": 1, "word of a register row": machine.vector.lanes}
 
 
 def _memory_terms(machine: Machine) -> Terms:
-    return {"word of a register row": machine.vector.lanes, "byte of a row": machine.row_bytes, "unit": 1}
+    return {"unit": 1, "word of a register row": machine.vector.lanes, "byte of a row": machine.row_bytes}
 
 
 def _ticket_terms(machine: Machine) -> Terms:
-    return {"ticket": 1 << ticket_bits(machine), "unit": 1}
+    return {"unit": 1, "ticket": 1 << ticket_bits(machine)}
 
 
 def _channel_terms(machine: Machine) -> Terms:
-    return {"channel": machine.hbm.channels, "unit": 1}
-
-
-def _unit_terms(machine: Machine) -> Terms:
-    return {"unit": 1}
+    return {"unit": 1, "channel": machine.hbm.channels}
 
 
 @dataclass(frozen=True)
@@ -231,7 +227,7 @@ UNITS: Mapping[str, Unit] = {
     "memory": Unit(_none, _memory_terms, _WITH_BLOCKS),
     "ring": Unit(_ring, _word_terms),
     "fetch": Unit(_fifo, _fetch_terms),
-    "counters": Unit(_none, _unit_terms, _WITH_BLOCKS),
+    "counters": Unit(_none, _channel_terms, _WITH_BLOCKS),
     "ledger": Unit(_none, _ticket_terms, _WITH_BLOCKS),
     "control block": Unit(_none, _channel_terms, _WITH_BLOCKS),
 }
@@ -322,7 +318,7 @@ def _fit(name: str, points: Sequence[Point]) -> dict[str, dict[str, float]]:
 
 
 def _non_negative(matrix: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The x >= 0 with the least |matrix x - wanted|, of those the one with the fewest terms: each set is tried."""
+    """The x >= 0 with the least |matrix x - wanted|; of equals that with the fewest and first terms. Tries each set."""
     count = matrix.shape[1]
     best, least = np.zeros(count), float(wanted @ wanted)
     for size in range(1, min(matrix.shape) + 1):

@@ -21,8 +21,8 @@ def test_units_are_those_of_the_report() -> None:
 
 @pytest.mark.parametrize("unit", area.UNITS)
 def test_points_are_met(unit: str) -> None:
-    """Blocks of memory are exact, slices within 2 %, logic and registers within what the documentation states."""
-    bounds = {"LUT": 0.10, "FF": 0.10, "DSP": 0.02, "BRAM": 1e-9, "URAM": 1e-9}
+    """Blocks of memory are exact, slices within 5 %, logic and registers within what the documentation states."""
+    bounds = {"LUT": 0.10, "FF": 0.10, "DSP": 0.05, "BRAM": 1e-9, "URAM": 1e-9}
     for row in area.residuals([point for point in POINTS if point.unit == unit]):
         assert abs(row.error) <= bounds[row.kind], row
 
