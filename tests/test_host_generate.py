@@ -399,7 +399,7 @@ def test_bad_requests_are_one_line(model: TextModel, arguments: dict, message: s
         (lambda: load("nowhere.safetensors"), "nowhere.safetensors"),
         (lambda: typebar.compile("gpt2", "x"), "'gpt2' is a shape without weights"),
         (lambda: typebar.compile("gpt5", "x"), "no model 'gpt5': give a checkpoint directory, an .onnx"),
-        (lambda: typebar.compile("folio", "x", weights="fp8"), "choose fp16 or bf16"),
+        (lambda: typebar.compile("folio", "x", weights="fp8"), "choose fp16, bf16 or int8"),
         (lambda: typebar.compile("folio", "x", machine="u9"), "unknown machine 'u9'"),
         (lambda: typebar.compile("folio-draft", "x", devices=0), "1 to 64 devices, not 0"),
     ],

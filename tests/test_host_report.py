@@ -179,7 +179,7 @@ def test_bad_arguments_are_one_line(image: Path, arguments: dict, message: str) 
     [
         ("gpt5", {}, "no image or model 'gpt5': give an image, a checkpoint directory, .* or one of gpt2,"),
         ("gpt2", {"devices": 65}, "1 to 64 devices, not 65"),
-        ("gpt2", {"weights": "fp8"}, "choose fp16 or bf16"),
+        ("gpt2", {"weights": "fp8"}, "choose fp16, bf16 or int8"),
         ("gpt2", {"devices": "4"}, "1 to 64 devices, not '4': give an integer in that range"),
         ("gpt2", {"devices": 2.0}, "1 to 64 devices, not 2.0"),
         ("gpt2", {"devices": True}, "1 to 64 devices, not True"),
