@@ -25,11 +25,16 @@ class DeviceOp(IRDLOperation):
 
 
 class Valued(DeviceOp):
-    """An operation with one vector as its result; `at` and `scratch` are word addresses, set by `allocate`."""
+    """An operation with one vector as its result; `at` and `scratch` are word addresses, set by `allocate`.
+
+    Those with `rows_` before them hold for blocks of a prompt's tokens (`typebar.compiler.rows`).
+    """
 
     out = result_def(TensorType)
     at = opt_prop_def(IntegerAttr)
     scratch = opt_prop_def(IntegerAttr)
+    rows_at = opt_prop_def(IntegerAttr)
+    rows_scratch = opt_prop_def(IntegerAttr)
     traits = traits_def(Pure())
     assembly_format = FORMAT
 

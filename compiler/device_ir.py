@@ -85,7 +85,8 @@ def _segments(attribute: ArrayAttr) -> list[Segment]:
 class ProgramOp(DeviceOp):
     """One token on each of `devices` devices; block arguments (token, position); ends with `tbd.head`.
 
-    `allocate` sets `step`: places in the register file start at multiples of so many words.
+    `allocate` sets `step`: places in the register file start at multiples of so many words. A prompt goes through in
+    blocks of `groups` times `rows` tokens, with places of their own (`rows_step`), if these are set.
     """
 
     name = "tbd.program"
@@ -94,6 +95,9 @@ class ProgramOp(DeviceOp):
     devices = prop_def(IntegerAttr)
     align = prop_def(IntegerAttr)
     step = opt_prop_def(IntegerAttr)
+    rows = opt_prop_def(IntegerAttr)
+    groups = opt_prop_def(IntegerAttr)
+    rows_step = opt_prop_def(IntegerAttr)
     body = region_def("single_block")
     assembly_format = "attr-dict-with-keyword $body"
 

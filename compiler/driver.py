@@ -24,7 +24,7 @@ from typebar.compiler.quantisation import quantise
 from typebar.isa.errors import TypebarError
 from typebar.isa.image_manifest import Manifest
 from typebar.isa.image_writer import write_image
-from typebar.isa.instructions import Format
+from typebar.isa.instructions import FORMAT_BYTES, Format
 from typebar.isa.machine import MAX_DEVICES, Machine
 from typebar.isa.program import Program, encode
 
@@ -70,8 +70,16 @@ def back_passes(
             machine.attention_block,
             machine.column_block,
             machine.matrix.vectors,
+            _group_rows(machine),
         ),
     ]
+
+
+def _group_rows(machine: Machine) -> int:
+    """The fewest vectors for which the matrix unit holds a 16-bit tile as long as HBM takes to deliver it."""
+    matrix, slots = machine.matrix, machine.hbm.rows_per_write_slot
+    tile = matrix.columns * matrix.lanes * FORMAT_BYTES[Format.FP16]
+    return -(-matrix.rows * tile * (slots + 1) // (machine.row_bytes * slots))
 
 
 def check_devices(devices: int) -> None:

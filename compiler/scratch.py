@@ -34,6 +34,10 @@ class Limits:
         """Words rounded up to the alignment of a vector's base."""
         return -(-words // self.align) * self.align
 
+    def step_of(self, words: int) -> int:
+        """Where a place of so many words may start: at a multiple of this."""
+        return self.step
+
 
 HEADS_TOGETHER = 4
 """Query heads whose attention is computed step by step side by side: enough to cover the vector unit's latencies."""

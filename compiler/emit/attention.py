@@ -139,28 +139,28 @@ def _query(shape: _Shape, base: int, head: int, row: int) -> Operand:
     return reg(register, base + (head * shape.group + row) * shape.pad)
 
 
-def cache_offsets(e: Emission, depth: int, size: int) -> None:
-    """K_BYTE and V_BYTE: byte offsets of this position in a head's K and V."""
+def cache_offsets(e: Emission, depth: int, size: int, position: R = R.POSITION) -> None:
+    """K_BYTE and V_BYTE: byte offsets of the position in a register in a head's K and V."""
     build, matrix = e.build, e.machine.matrix
     element = FORMAT_BYTES[e.format]
     block = e.machine.column_block
     for register, step, whole, part in (
-        (R.K_BYTE, block, _k_block(e, depth), matrix.lanes * element),
-        (R.V_BYTE, matrix.lanes, _v_chunk(e, size), element),
+        (R.K_BYTE, block, k_block(e, depth), matrix.lanes * element),
+        (R.V_BYTE, matrix.lanes, v_chunk(e, size), element),
     ):
-        build.add("sshr", rd=int(register), a=reg(R.POSITION), b=step.bit_length() - 1)
+        build.add("sshr", rd=int(register), a=reg(position), b=step.bit_length() - 1)
         build.add("smul", rd=int(register), a=reg(register), b=build.any_size(whole, R.T0))
-        build.add("sand", rd=int(R.T1), a=reg(R.POSITION), b=step - 1)
+        build.add("sand", rd=int(R.T1), a=reg(position), b=step - 1)
         build.add("smul", rd=int(R.T1), a=reg(R.T1), b=part)
         build.add("sadd", rd=int(register), a=reg(register), b=reg(R.T1))
 
 
-def _k_block(e: Emission, depth: int) -> int:
+def k_block(e: Emission, depth: int) -> int:
     """Bytes of a head's K from one column block of positions to the next."""
     return packed_layout(depth, e.machine.column_block, e.machine, FORMAT_BYTES[e.format], True).bytes
 
 
-def _v_chunk(e: Emission, size: int) -> int:
+def v_chunk(e: Emission, size: int) -> int:
     """Bytes of a head's V from one chunk of `lanes` positions to the next."""
     return packed_layout(e.machine.matrix.lanes, size, e.machine, FORMAT_BYTES[e.format]).bytes
 
@@ -194,8 +194,8 @@ def _skipped_lines(e: Emission, shape: _Shape, k: R, v: R) -> None:
     """Lines of K and of V that SKIP positions take."""
     build = e.build
     for register, step, size in (
-        (k, e.machine.column_block, _k_block(e, shape.depth)),
-        (v, e.machine.matrix.lanes, _v_chunk(e, shape.size)),
+        (k, e.machine.column_block, k_block(e, shape.depth)),
+        (v, e.machine.matrix.lanes, v_chunk(e, shape.size)),
     ):
         build.add("sshr", rd=int(register), a=reg(R.SKIP), b=step.bit_length() - 1)
         build.add("smul", rd=int(register), a=reg(register), b=build.any_size(size // LINE_BYTES, R.T0))
@@ -377,21 +377,21 @@ def _one_block(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, first
 
 
 # The cache ----------------------------------------------------------------------------------------------
-def store_k(e: Emission, k: int, depth: int, line: Operand) -> None:
-    """This position's K of the head at word `k` + R[OFFSET], to `line`: one column, `lanes` elements a chunk."""
+def store_k(e: Emission, k: int, depth: int, line: Operand, offset: R = R.OFFSET) -> None:
+    """A position's K of the head at word `k` + R[offset], to `line`: one column, `lanes` elements a chunk."""
     build, lanes, element = e.build, e.machine.matrix.lanes, FORMAT_BYTES[e.format]
     chunk_bytes = e.machine.column_block * lanes * element
     whole, rest = divmod(depth, lanes)
     if whole:
-        build.add("store", format=int(e.format), region=_KV, a=reg(R.OFFSET, k), line=line, byte=reg(R.K_BYTE),
+        build.add("store", format=int(e.format), region=_KV, a=reg(offset, k), line=line, byte=reg(R.K_BYTE),
                   outer=whole, inner=lanes, outer_bytes=chunk_bytes, inner_bytes=element)  # fmt: skip
     if rest:
-        build.add("store", format=int(e.format), region=_KV, a=reg(R.OFFSET, k + whole * lanes), line=line,
+        build.add("store", format=int(e.format), region=_KV, a=reg(offset, k + whole * lanes), line=line,
                   byte=reg(R.K_BYTE, whole * chunk_bytes), outer=1, inner=rest, inner_bytes=element)  # fmt: skip
 
 
-def store_v(e: Emission, v: int, size: int, line: Operand) -> None:
-    """This position's V of the head at word `v` + R[OFFSET], to `line`: one lane of every column."""
+def store_v(e: Emission, v: int, size: int, line: Operand, offset: R = R.OFFSET) -> None:
+    """A position's V of the head at word `v` + R[offset], to `line`: one lane of every column."""
     stride = e.machine.matrix.lanes * FORMAT_BYTES[e.format]
-    e.build.add("store", format=int(e.format), region=_KV, a=reg(R.OFFSET, v), line=line, byte=reg(R.V_BYTE),
+    e.build.add("store", format=int(e.format), region=_KV, a=reg(offset, v), line=line, byte=reg(R.V_BYTE),
                 outer=1, inner=size, inner_bytes=stride)  # fmt: skip

@@ -14,7 +14,8 @@ class R(IntEnum):
     """Scalar registers of compiled programs. WEIGHTS to KV hold lines to add for the current layer of a loop.
 
     SOURCE, tokens of the source text, takes the place of the number of devices, which the compiler knows.
-    LOW, SKIP and BIAS are attention's; the end of a token has other uses for them.
+    LOW, SKIP and BIAS are attention's; the end of a token has other uses for them. ROWS and ROWS_NEXT are the tokens
+    in the two groups of a prompt's block, which has no one TOKEN and patches nothing; HIGH is where a mask ends in it.
     """
 
     ZERO = 0
@@ -53,6 +54,9 @@ class R(IntEnum):
     SKIP = 25
     BIAS = 31
     BYTE = 15
+    ROWS = 8
+    ROWS_NEXT = 29
+    HIGH = 19
 
 
 def reg(register: R, immediate: int = 0) -> Operand:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from xdsl.dialects.builtin import ModuleOp, StringAttr
-from xdsl.ir import Operation
+from xdsl.ir import Operation, SSAValue
 
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
@@ -14,9 +15,11 @@ from typebar.compiler.device_source import AttendOp, CacheOp, PhaseOp, RestoreOp
 from typebar.compiler.emit.attention import emit_attention
 from typebar.compiler.emit.builder import Builder, R, reg
 from typebar.compiler.emit.head import DESCRIPTOR_WORDS, emit_head
+from typebar.compiler.emit.loops import emit_loop
+from typebar.compiler.emit.prompt import emit_prompt
+from typebar.compiler.emit.rows import RowsEmission
 from typebar.compiler.emit.source import emit_cache, emit_phase, emit_restore, emit_save
 from typebar.compiler.emit.vectors import (
-    REGION_REGISTER,
     Emission,
     emit_activation,
     emit_copy,
@@ -32,7 +35,8 @@ from typebar.compiler.emit.vectors import (
     emit_scale,
     emit_score_bias,
 )
-from typebar.compiler.memory import MemoryPlan, program_of, source_of, strides
+from typebar.compiler.memory import MemoryPlan, program_of, source_of
+from typebar.compiler.rows import Layout, Tokens, crossing, shared, split_tail, tokens_of
 from typebar.compiler.scratch import Limits
 from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import WORD_BYTES, Format, Region
@@ -71,29 +75,43 @@ def emit(module: ModuleOp, machine: Machine, memory: MemoryPlan, fmt: Format) ->
     """Instructions for an allocated `tbd.program`, with `main` as an entry.
 
     With a `tbd.source` there is the entry `encode` too, which goes on to `main` when the source text is encoded. The
-    labels of these names have the entries' instructions.
+    labels of these names have the entries' instructions. A program that only without blocks fits the program memory
+    has none.
 
     Raises:
         TypebarError: not allocated, or the program exceeds the machine's program memory or ring buffer.
     """
-    program, source = program_of(module), source_of(module)
-    build = Builder()
-    if source is not None:
-        _emit_source(_emission(build, source, machine, memory, fmt), source)
-    e = _emission(build, program, machine, memory, fmt)
-    _prologue(e, source is not None)
-    for op in program.body.block.ops:
-        if isinstance(op, dev.HeadOp):
-            _end_of_token(e, op)
-        else:
-            _emit_op(e, op)
-    made = e.build.program()
+    made = _program(module, machine, memory, fmt, tokens_of(program_of(module)))
+    if len(made) * WORD_BYTES > machine.control.program_bytes:
+        made = _program(module, machine, memory, fmt, None)
     if len(made) * WORD_BYTES > machine.control.program_bytes:
         raise TypebarError(
             f"the program has {len(made) * WORD_BYTES} bytes and machine {machine.name} holds "
             f"{machine.control.program_bytes}: raise control.program_bytes"
         )
     return made
+
+
+def _program(module: ModuleOp, machine: Machine, memory: MemoryPlan, fmt: Format, tokens: Tokens | None) -> Program:
+    """The instructions, with or without blocks of a prompt's tokens."""
+    program, source = program_of(module), source_of(module)
+    build = Builder()
+    if source is not None:
+        _emit_source(_emission(build, source, machine, memory, fmt), source)
+    e = _emission(build, program, machine, memory, fmt)
+    _prologue(e, source is not None)
+    if tokens is not None:
+        _emit_prompt(e, program, tokens)
+    _begin_token(e)
+    before, tail = split_tail(program)
+    for op in before + tail:
+        if op is tail[0]:
+            build.label("tail")
+        if isinstance(op, dev.HeadOp):
+            _end_of_token(e, op)
+        else:
+            _emit_op(e, op)
+    return build.program()
 
 
 def _emission(
@@ -139,8 +157,8 @@ def _check_gathers(program: dev.ProgramOp | SourceOp, machine: Machine) -> None:
 
 
 def _prologue(e: Emission, encoded: bool) -> None:
-    """Read the descriptor; then the loop over tokens begins."""
-    build, io = e.build, e.memory.io
+    """Read the descriptor."""
+    build = e.build
     build.label("main")
     registers = {"start": R.POSITION, "count": R.LAST, "new": R.LEFT, "eos": R.EOS, "flags": R.FLAGS}
     if encoded:
@@ -149,6 +167,26 @@ def _prologue(e: Emission, encoded: bool) -> None:
         _load_word(e, name, register)
     build.add("sadd", rd=int(R.LAST), a=reg(R.LAST, -1), b=reg(R.POSITION))
     build.constant(R.GENERATED, 0)
+
+
+def _emit_prompt(e: Emission, program: dev.ProgramOp, tokens: Tokens) -> None:
+    """Blocks of a prompt's tokens; goes on to `tail` where the last token went through in one."""
+    assert program.rows_step is not None
+    limits = replace(e.limits, step=int(program.rows_step.value.data))
+    emit_prompt(
+        RowsEmission(e.build, e.machine, e.memory, limits, e.format, program, layout=Layout(limits, tokens)),
+        program,
+        _node,
+    )
+    for value in crossing(program):
+        if shared(value) and isinstance(value.owner, Operation):
+            _emit_op(e, value.owner)
+    e.build.branch("beq", "tail", 0, 0)
+
+
+def _begin_token(e: Emission) -> None:
+    """The loop over tokens that go through one by one."""
+    build, io = e.build, e.memory.io
     build.label("token")
     build.add("sshl", rd=int(R.T1), a=reg(R.POSITION), b=2)
     build.add("sload", region=int(Region.IO), rd=int(R.TOKEN), line=io.tokens_line, byte=reg(R.T1))
@@ -197,36 +235,8 @@ def _node(op: Operation) -> str:
 
 
 def _emit_loop(e: Emission, loop: ir.RepeatOp) -> None:
-    build, body = e.build, loop.body.block
-    steps = strides(body, e.memory.places)
-    for op in (inner for item in body.ops for inner in item.walk()):
-        cache = e.memory.caches.get(op)
-        if cache is not None and cache.layer_stride:
-            steps[Region.KV] = cache.layer_stride
-    homes = [e.address(value) for value in loop.outs]
-    for value, home in zip(loop.inits, homes, strict=True):
-        _copy(e, e.address(value), home, ir.width(value))
-    for region in steps:
-        build.constant(REGION_REGISTER[region], 0)
-    build.constant(R.LAYER, 0)
-    label = build.fresh("layer")
-    build.label(label)
-    e.in_loop = True
-    for op in body.ops:
-        if isinstance(op, ir.YieldOp):
-            for value, home in zip(op.values, homes, strict=True):
-                _copy(e, e.address(value), home, ir.width(value))
-        elif isinstance(op, ir.RepeatOp):
-            raise TypebarError("a loop inside a loop has no form here: run reroll once only")
-        else:
-            _emit_op(e, op)
-    e.in_loop = False
-    for region, stride in steps.items():
-        build.increase(REGION_REGISTER[region], stride)
-    build.increase(R.LAYER, 1)
-    build.branch("blt", label, reg(R.LAYER), loop.count.value.data)
+    def copy(value: SSAValue, home: int) -> None:
+        if e.address(value) != home:
+            e.build.add("vmov", dst=home, b=e.address(value), n=ir.width(value))
 
-
-def _copy(e: Emission, source: int, target: int, words: int) -> None:
-    if source != target:
-        e.build.add("vmov", dst=target, b=source, n=words)
+    emit_loop(e, loop, lambda op: _emit_op(e, op), copy)

@@ -65,13 +65,13 @@ def emit_lookup(e: Emission, op: dev.LookupOp) -> None:
     assert isinstance(op.index, BlockArgument)
     index = R.TOKEN if op.index.index == 0 else R.POSITION
     e.build.add("smul", rd=int(R.T1), a=reg(index, op.offset.value.data), b=row_lines)
-    _row_line(e, place)
+    add_line(e, place)
     e.build.add(
         "load", format=int(e.format), region=int(Region.PARAMS), dst=op.address, line=reg(R.T1), n=ir.width(op.out)
     )
 
 
-def _row_line(e: Emission, place: Place) -> None:
+def add_line(e: Emission, place: Place) -> None:
     """Add a table's line to T1."""
     e.build.increase(R.T1, place.line)
     if e.base_of(place) is not R.ZERO:
@@ -82,7 +82,7 @@ def emit_rotary_row(e: Emission, op: dev.RotaryRowOp) -> None:
     """This position's rotary factors."""
     place, words = e.memory.places[op], ir.width(op.out)
     e.build.add("smul", rd=int(R.T1), a=reg(R.POSITION), b=-(-words * 4 // LINE_BYTES))
-    _row_line(e, place)
+    add_line(e, place)
     e.build.add("load", format=int(Format.FP32), region=int(place.region), dst=op.address, line=reg(R.T1), n=words)
 
 
@@ -131,14 +131,12 @@ def emit_load(e: Emission, op: dev.ParamOp | dev.BiasOp) -> None:
     place = e.memory.places[op]
     line = e.build.line(place.line, e.base_of(place))
     e.build.add(
-        "load", format=int(Format.FP32), region=int(place.region), dst=op.address, line=line, n=ir.width(op.out)
+        "load", format=int(Format.FP32), region=int(place.region), dst=e.address(op.out), line=line, n=ir.width(op.out)
     )
 
 
-def emit_matrix(e: Emission, op: dev.MatrixOp) -> None:
-    """One matrix instruction with its epilogue."""
-    place = e.memory.places[op]
-    line = e.build.line(place.line, e.base_of(place))
+def epilogue(e: Emission, op: dev.MatrixOp) -> dict[str, int]:
+    """The epilogue's options of a matrix instruction."""
     extra: dict[str, int] = {}
     if op.scale is not None:
         extra |= {"scaling": int(Scale.COLUMN), "scale": e.address(op.scale)}
@@ -146,9 +144,16 @@ def emit_matrix(e: Emission, op: dev.MatrixOp) -> None:
         extra |= {"add_bias": 1, "bias": e.address(op.bias)}
     if op.activation is not None:
         extra["activation"] = int(Activation[op.activation.data.upper()])
+    return extra
+
+
+def emit_matrix(e: Emission, op: dev.MatrixOp) -> None:
+    """One matrix instruction with its epilogue."""
+    place = e.memory.places[op]
+    line = e.build.line(place.line, e.base_of(place))
     e.build.add(
         "matmul", format=int(e.format_of(op)), region=int(Region.WEIGHTS), dst=op.address, src=e.address(op.x),
-        k=int(op.k.value.data), n=op.words, line=line, outer=1, inner=1, **extra,
+        k=int(op.k.value.data), n=op.words, line=line, outer=1, inner=1, **epilogue(e, op),
     )  # fmt: skip
 
 
@@ -159,7 +164,8 @@ def emit_gather(e: Emission, op: dev.GatherOp) -> None:
         e.build.add("fence")
 
 
-def _immediate(value: float) -> dict[str, int]:
+def immediate(value: float) -> dict[str, int]:
+    """A constant as a vector instruction's second operand."""
     return {"b_from": int(Source.IMMEDIATE), "imm": float_bits(value)}
 
 
@@ -169,11 +175,11 @@ def emit_layer_norm(e: Emission, op: dev.LayerNormOp) -> None:
     scratch = e.scratch(op)
     mean, variance, word = scratch["mean"], scratch["variance"], int(Source.WORD)
     build.add("vsum", dst=mean, a=x, n=n)
-    build.add("vmul", dst=mean, a=mean, n=1, **_immediate(1.0 / n))
+    build.add("vmul", dst=mean, a=mean, n=1, **immediate(1.0 / n))
     build.add("vsub", b_from=word, dst=y, a=x, b=mean, n=n)
     build.add("vsumsq", dst=variance, a=y, n=n)
-    build.add("vmul", dst=variance, a=variance, n=1, **_immediate(1.0 / n))
-    build.add("vadd", dst=variance, a=variance, n=1, **_immediate(op.eps.value.data))
+    build.add("vmul", dst=variance, a=variance, n=1, **immediate(1.0 / n))
+    build.add("vadd", dst=variance, a=variance, n=1, **immediate(op.eps.value.data))
     build.add("vunary", function=int(Function.RSQRT), dst=variance, a=variance, n=1)
     build.add("vmul", b_from=word, dst=y, a=y, b=variance, n=n)
     if op.weight is not None:
@@ -187,8 +193,8 @@ def emit_rms_norm(e: Emission, op: dev.RmsNormOp) -> None:
     n, x, y, build = op.count, e.address(op.x), op.address, e.build
     variance = e.scratch(op)["variance"]
     build.add("vsumsq", dst=variance, a=x, n=n)
-    build.add("vmul", dst=variance, a=variance, n=1, **_immediate(1.0 / n))
-    build.add("vadd", dst=variance, a=variance, n=1, **_immediate(op.eps.value.data))
+    build.add("vmul", dst=variance, a=variance, n=1, **immediate(1.0 / n))
+    build.add("vadd", dst=variance, a=variance, n=1, **immediate(op.eps.value.data))
     build.add("vunary", function=int(Function.RSQRT), dst=variance, a=variance, n=1)
     build.add("vmul", b_from=int(Source.WORD), dst=y, a=x, b=variance, n=n)
     if op.weight is not None:
@@ -203,7 +209,7 @@ def emit_pair(e: Emission, op: dev.AddOp | dev.MulOp) -> None:
 
 def emit_scale(e: Emission, op: dev.ScaleOp) -> None:
     """Multiplication by a constant."""
-    e.build.add("vmul", dst=op.address, a=e.address(op.x), n=op.count, **_immediate(op.value.value.data))
+    e.build.add("vmul", dst=op.address, a=e.address(op.x), n=op.count, **immediate(op.value.value.data))
 
 
 def emit_activation(e: Emission, op: dev.ActivationOp) -> None:

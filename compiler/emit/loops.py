@@ -1,0 +1,52 @@
+"""A loop over equal layers: the registers with each region's layer offset, and what layers hand on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from xdsl.ir import Operation, SSAValue
+
+from typebar.compiler import ir
+from typebar.compiler.emit.builder import R, reg
+from typebar.compiler.emit.vectors import REGION_REGISTER, Emission
+from typebar.compiler.memory import strides
+from typebar.isa.errors import TypebarError
+from typebar.isa.instructions import Region
+
+
+def emit_loop(
+    e: Emission, loop: ir.RepeatOp, emit: Callable[[Operation], None], copy: Callable[[SSAValue, int], None]
+) -> None:
+    """The loop; `emit` emits an operation of its body, and `copy` a copy of a value to a word address.
+
+    Raises:
+        TypebarError: a loop inside the loop, or tensors whose layers no one loop can follow.
+    """
+    build, body = e.build, loop.body.block
+    steps = strides(body, e.memory.places)
+    for op in (inner for item in body.ops for inner in item.walk()):
+        cache = e.memory.caches.get(op)
+        if cache is not None and cache.layer_stride:
+            steps[Region.KV] = cache.layer_stride
+    homes = [e.address(value) for value in loop.outs]
+    for value, home in zip(loop.inits, homes, strict=True):
+        copy(value, home)
+    for region in steps:
+        build.constant(REGION_REGISTER[region], 0)
+    build.constant(R.LAYER, 0)
+    label = build.fresh("layer")
+    build.label(label)
+    e.in_loop = True
+    for op in body.ops:
+        if isinstance(op, ir.YieldOp):
+            for value, home in zip(op.values, homes, strict=True):
+                copy(value, home)
+        elif isinstance(op, ir.RepeatOp):
+            raise TypebarError("a loop inside a loop has no form here: run reroll once only")
+        else:
+            emit(op)
+    e.in_loop = False
+    for region, stride in steps.items():
+        build.increase(REGION_REGISTER[region], stride)
+    build.increase(R.LAYER, 1)
+    build.branch("blt", label, reg(R.LAYER), loop.count.value.data)

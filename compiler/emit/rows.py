@@ -1,0 +1,303 @@
+"""Instructions for a group of a prompt's tokens: everything that is not a loop or an attention.
+
+Addresses are those of the group's rows. Vectors of tokens that a partly filled group lacks hold anything: element by
+element they are computed along with the others, but nothing reads them that raises a flag or leaves the registers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from xdsl.ir import BlockArgument, Operation, SSAValue
+
+from typebar.compiler import device_ir as dev
+from typebar.compiler import ir
+from typebar.compiler.emit.builder import R, reg
+from typebar.compiler.emit.vectors import Emission, add_line, epilogue, immediate
+from typebar.compiler.rows import Layout, place_of, ranked, shared
+from typebar.isa.instructions import FORMAT_BYTES, Format, Function, Region, Source
+from typebar.isa.machine import LINE_BYTES
+from typebar.isa.program import Operand
+
+_IMMEDIATE, _WORD = int(Source.IMMEDIATE), int(Source.WORD)
+
+
+@dataclass
+class RowsEmission(Emission):
+    """What emits blocks: addresses are those of group `group`, which the emitting loop sets."""
+
+    layout: Layout = field(kw_only=True)
+    group: int = 0
+
+    def address(self, value: SSAValue) -> int:
+        """Word address of the group's first row of a value, or of a shared one."""
+        return place_of(value, "rows_") + self.group * self.layout.group_stride(value)
+
+    def row(self, value: SSAValue, row: int) -> int:
+        """Word address of one of the group's rows."""
+        return self.address(value) + (0 if shared(value) else row * self.layout.stride(value))
+
+    def scratch(self, op: Operation, chunk: int = 0) -> dict[str, int]:
+        """Word addresses of an operation's scratch vectors."""
+        start = int(op.properties["rows_scratch"].value.data)  # type: ignore[attr-defined]
+        return {name: start + offset for name, offset in self.layout.scratch(op).items()}
+
+    @property
+    def most(self) -> int:
+        """Tokens of a full group."""
+        return self.layout.tokens.rows
+
+    @property
+    def held(self) -> R:
+        """The register with the group's number of tokens."""
+        return R.ROWS_NEXT if self.group else R.ROWS
+
+    def times_rows(self, words: int) -> Operand:
+        """`words` for each token of the group, worked out in T0."""
+        self.build.add("smul", rd=int(R.T0), a=reg(self.held), b=self.build.any_size(words, R.T0))
+        return reg(R.T0)
+
+    def ranked(self, value: SSAValue) -> bool:
+        """Whether a value lies by device, then by row."""
+        return ranked(value, self.layout.tokens, self.machine.ring.buffer_words)
+
+
+# Tables ---------------------------------------------------------------------------------------------------
+def _row_loop(e: RowsEmission) -> str:
+    """Begin a loop over the group's tokens: T1 is the position, BLOCK the row and OFFSET its words; the label."""
+    build = e.build
+    build.constant(R.BLOCK, 0)
+    build.constant(R.OFFSET, 0)
+    label = build.fresh("row")
+    build.label(label)
+    build.add("sadd", rd=int(R.T1), a=reg(R.POSITION), b=reg(R.BLOCK))
+    return label
+
+
+def _end_row_loop(e: RowsEmission, label: str, stride: int) -> None:
+    e.build.increase(R.BLOCK, 1)
+    e.build.increase(R.OFFSET, stride)
+    e.build.branch("blt", label, reg(R.BLOCK), reg(e.held))
+
+
+def emit_lookup(e: RowsEmission, op: dev.LookupOp) -> None:
+    """Each token's embedding row, by token or by position."""
+    build, words, stride = e.build, ir.width(op.out), e.layout.stride(op.out)
+    assert isinstance(op.index, BlockArgument)
+    label = _row_loop(e)
+    if op.index.index == 0:
+        build.add("sshl", rd=int(R.T1), a=reg(R.T1), b=2)
+        build.add("sload", region=int(Region.IO), rd=int(R.T1), line=e.memory.io.tokens_line, byte=reg(R.T1))
+    row_lines = -(-words * FORMAT_BYTES[e.format] // LINE_BYTES)
+    build.add("smul", rd=int(R.T1), a=reg(R.T1, op.offset.value.data), b=row_lines)
+    add_line(e, e.memory.places[op])
+    dst = reg(R.OFFSET, e.address(op.out))
+    build.add("load", format=int(e.format), region=int(Region.PARAMS), dst=dst, line=reg(R.T1), n=words)
+    _end_row_loop(e, label, stride)
+
+
+def emit_rotary_row(e: RowsEmission, op: dev.RotaryRowOp) -> None:
+    """Each position's rotary factors."""
+    place, words, stride = e.memory.places[op], ir.width(op.out), e.layout.stride(op.out)
+    label = _row_loop(e)
+    e.build.add("smul", rd=int(R.T1), a=reg(R.T1), b=-(-words * 4 // LINE_BYTES))
+    add_line(e, place)
+    dst = reg(R.OFFSET, e.address(op.out))
+    e.build.add("load", format=int(Format.FP32), region=int(place.region), dst=dst, line=reg(R.T1), n=words)
+    _end_row_loop(e, label, stride)
+
+
+def emit_score_bias(e: RowsEmission, op: dev.ScoreBiasOp) -> None:
+    """The planes of each token's biases, as far as the last token of the group sees; zeros where it sees nothing.
+
+    Biases by key position alone are the same for all tokens of the block, and loaded once.
+    """
+    build, place, stride = e.build, e.memory.places[op], e.layout.stride(op.out)
+    context, kind = int(op.context.value.data), op.kind.data
+    lines = [place.line + plane * -(-4 * _words(op) // LINE_BYTES) for plane in range(int(op.planes.value.data))]
+    row = int(op.row.value.data)
+    if kind == "column":
+        build.add("sadd", rd=int(R.T2), a=reg(R.LENGTH), b=reg(R.ROWS_NEXT) if e.layout.tokens.groups > 1 else 0)
+        for plane, line in enumerate(lines):
+            build.add("load", format=int(Format.FP32), region=int(place.region), dst=e.address(op.out) + plane * row,
+                      line=build.line(line, e.base_of(place)), n=reg(R.T2))  # fmt: skip
+        return
+    build.add("vmov", b_from=_IMMEDIATE, dst=e.address(op.out), n=e.times_rows(stride))
+    label = _row_loop(e)
+    build.add("sadd", rd=int(R.CHUNK), a=reg(R.T1, 1), b=0)
+    if kind == "relative":
+        build.add("ssub", rd=int(R.T2), a=build.any_size(context - 1, R.T0), b=reg(R.T1))
+        build.add("sshl", rd=int(R.T2), a=reg(R.T2), b=2)
+    else:
+        build.add("smul", rd=int(R.T2), a=reg(R.T1), b=build.any_size(4 * context, R.T0))
+    for plane, line in enumerate(lines):
+        build.add("load", format=int(Format.FP32), region=int(place.region), byte=reg(R.T2), n=reg(R.CHUNK),
+                  dst=reg(R.OFFSET, e.address(op.out) + plane * row), line=build.line(line, e.base_of(place)),
+                  )  # fmt: skip
+    _end_row_loop(e, label, stride)
+
+
+def _words(op: dev.ScoreBiasOp) -> int:
+    """Words of one plane."""
+    total = 1
+    for size in op.shape:
+        total *= size
+    return total
+
+
+# Products and the ring ------------------------------------------------------------------------------------
+def emit_matrix(e: RowsEmission, op: dev.MatrixOp) -> None:
+    """One matrix instruction for all tokens of the group."""
+    place = e.memory.places[op]
+    line = e.build.line(place.line, e.base_of(place))
+    apart = 0 if shared(op.x) else e.layout.stride(op.x)
+    e.build.add(
+        "matmul", format=int(e.format_of(op)), region=int(Region.WEIGHTS), dst=e.address(op.out), src=e.address(op.x),
+        k=int(op.k.value.data), n=op.words, line=line, outer=1, inner=reg(e.held), src_inner=apart,
+        dst_inner=e.layout.stride(op.out), **epilogue(e, op),
+    )  # fmt: skip
+
+
+def emit_gather(e: RowsEmission, op: dev.GatherOp) -> None:
+    """One gather for all rows where its result may lie by device; else one for each row, which leaves rows whole."""
+    build, words = e.build, ir.width(op.x)
+    if e.ranked(op.out):
+        _gather(e, e.address(op.out), e.address(op.x), e.most * words)
+        return
+    done = build.fresh("gathered")
+    for row in range(e.most):
+        if row:
+            build.branch("bge", done, row, reg(e.held))
+        _gather(e, e.row(op.out, row), e.row(op.x, row), words)
+    build.label(done)
+
+
+def _gather(e: RowsEmission, dst: int, a: int, n: int) -> None:
+    e.build.add("gather", dst=dst, a=a, n=n)
+    if e.machine.control.barriers:
+        e.build.add("fence")
+
+
+# Vectors --------------------------------------------------------------------------------------------------
+def emit_copy(e: RowsEmission, op: dev.CopyOp) -> None:
+    """Words as they are."""
+    start = int(op.start.value.data)
+    for row in range(e.most):
+        e.build.add("vmov", dst=e.row(op.out, row), b=e.row(op.x, row) + start, n=op.count)
+
+
+def emit_rotary(e: RowsEmission, op: dev.RotaryOp) -> None:
+    """Each head times the factors, plus its exchanged halves times the crossed factors; a loop over tokens."""
+    build, x, row, y = e.build, e.address(op.x), e.address(op.row), e.address(op.out)
+    heads, half, pad = (int(a.value.data) for a in (op.heads, op.half, op.pad))
+    crossed = e.scratch(op)["crossed"]
+    if pad > 2 * half:
+        build.add("vmov", b_from=_IMMEDIATE, dst=crossed, n=heads * pad)
+    steps = {R.OFFSET: e.layout.stride(op.x), R.GROUP: e.layout.stride(op.row), R.CHUNK: e.layout.stride(op.out)}
+    for register in (R.BLOCK, *steps):
+        build.constant(register, 0)
+    label = build.fresh("row")
+    build.label(label)
+    for at in range(0, heads * pad, pad):
+        build.add("vmul", dst=reg(R.CHUNK, y + at), a=reg(R.OFFSET, x + at), b=reg(R.GROUP, row), n=pad)
+        build.add("vmul", dst=crossed + at, a=reg(R.OFFSET, x + at + half), b=reg(R.GROUP, row + pad), n=half)
+        build.add("vmul", dst=crossed + at + half, a=reg(R.OFFSET, x + at), b=reg(R.GROUP, row + pad + half), n=half)
+    build.add("vadd", dst=reg(R.CHUNK, y), a=reg(R.CHUNK, y), b=crossed, n=heads * pad)
+    for register, words in steps.items():
+        build.increase(register, words)
+    build.increase(R.BLOCK, 1)
+    build.branch("blt", label, reg(R.BLOCK), reg(e.held))
+
+
+def emit_layer_norm(e: RowsEmission, op: dev.LayerNormOp) -> None:
+    """Step by step for all rows, so that one row's latencies pass while others compute."""
+    n, build, rows, s = op.count, e.build, range(e.most), e.scratch(op)
+    mean, variance = s["mean"], s["variance"]
+    for row in rows:
+        build.add("vsum", dst=mean + row, a=e.row(op.x, row), n=n)
+    build.add("vmul", dst=mean, a=mean, n=e.most, **immediate(1.0 / n))
+    for row in rows:
+        build.add("vsub", b_from=_WORD, dst=e.row(op.out, row), a=e.row(op.x, row), b=mean + row, n=n)
+    for row in rows:
+        build.add("vsumsq", dst=variance + row, a=e.row(op.out, row), n=n)
+    _scale_rows(e, op, variance, op.out)
+    if op.bias is not None:
+        for row in rows:
+            build.add("vadd", dst=e.row(op.out, row), a=e.row(op.out, row), b=e.address(op.bias), n=n)
+
+
+def emit_rms_norm(e: RowsEmission, op: dev.RmsNormOp) -> None:
+    """Mean square, scale: step by step for all rows."""
+    variance = e.scratch(op)["variance"]
+    for row in range(e.most):
+        e.build.add("vsumsq", dst=variance + row, a=e.row(op.x, row), n=op.count)
+    _scale_rows(e, op, variance, op.x)
+
+
+def _scale_rows(e: RowsEmission, op: dev.LayerNormOp | dev.RmsNormOp, variance: int, x: SSAValue) -> None:
+    """Rows of x times 1 / sqrt(sum of squares / n + eps), times the weight, to the result."""
+    build, rows, n = e.build, range(e.most), op.count
+    build.add("vmul", dst=variance, a=variance, n=e.most, **immediate(1.0 / n))
+    build.add("vadd", dst=variance, a=variance, n=e.most, **immediate(op.eps.value.data))
+    build.add("vunary", function=int(Function.RSQRT), dst=variance, a=variance, n=e.most)
+    for row in rows:
+        build.add("vmul", b_from=_WORD, dst=e.row(op.out, row), a=e.row(x, row), b=variance + row, n=n)
+    if op.weight is not None:
+        for row in rows:
+            build.add("vmul", dst=e.row(op.out, row), a=e.row(op.out, row), b=e.address(op.weight), n=n)
+
+
+def emit_pair(e: RowsEmission, op: dev.AddOp | dev.MulOp) -> None:
+    """Addition or multiplication: all rows at once, row by row with a shared operand, piece by piece with a ranked one.
+
+    Rows that lie densely in both operands and the result are one vector.
+    """
+    name = "vadd" if isinstance(op, dev.AddOp) else "vmul"
+    values = (op.lhs, op.rhs)
+    pieces = [value for value in values if e.ranked(value)]
+    if pieces:
+        _pair_of_pieces(e, op, name, pieces)
+    elif any(shared(value) for value in values) or len({e.layout.stride(value) for value in (*values, op.out)}) > 1:
+        for row in range(e.most):
+            build = e.build
+            build.add(name, dst=e.row(op.out, row), a=e.row(op.lhs, row), b=e.row(op.rhs, row), n=op.count)
+    else:
+        n = e.times_rows(e.layout.stride(op.out))
+        e.build.add(name, dst=e.address(op.out), a=e.address(op.lhs), b=e.address(op.rhs), n=n)
+
+
+def _pair_of_pieces(e: RowsEmission, op: dev.AddOp | dev.MulOp, name: str, pieces: list[SSAValue]) -> None:
+    """`pieces` lie by device: a row's words are at as many places as there are devices."""
+    sizes = {value: ir.width(value.owner.x) for value in pieces if isinstance(value.owner, dev.GatherOp)}
+
+    def at(value: SSAValue, row: int, start: int) -> int:
+        if value in sizes:
+            device, inside = divmod(start, sizes[value])
+            return e.address(value) + (device * e.most + row) * sizes[value] + inside
+        return e.row(value, row) + start
+
+    for row in range(e.most):
+        start = 0
+        while start < op.count:
+            n = min(op.count - start, *(size - start % size for size in sizes.values()))
+            e.build.add(name, dst=e.row(op.out, row) + start, a=at(op.lhs, row, start), b=at(op.rhs, row, start), n=n)
+            start += n
+
+
+def emit_scale(e: RowsEmission, op: dev.ScaleOp) -> None:
+    """Multiplication by a constant."""
+    _each(e, op, "vmul", immediate(op.value.value.data))
+
+
+def emit_activation(e: RowsEmission, op: dev.ActivationOp) -> None:
+    """A unary function of every element."""
+    _each(e, op, "vunary", {"function": int(Function[op.kind.data.upper()])})
+
+
+def _each(e: RowsEmission, op: dev.ScaleOp | dev.ActivationOp, name: str, options: dict[str, int]) -> None:
+    """All rows at once, or each from a shared operand."""
+    if shared(op.x):
+        for row in range(e.most):
+            e.build.add(name, dst=e.row(op.out, row), a=e.address(op.x), n=op.count, **options)
+    else:
+        e.build.add(name, dst=e.address(op.out), a=e.address(op.x), n=e.times_rows(e.layout.stride(op.out)), **options)

@@ -1,0 +1,72 @@
+"""allocate, for blocks of a prompt's tokens: how many tokens go side by side, and where their rows lie.
+
+Blocks use the whole register file: nothing of a step for one token is live meanwhile. What the tail of the step reads
+of a block, the last token's row, is copied to where the step for one token has it, and has that place to itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from xdsl.ir import SSAValue
+
+from typebar.compiler import device_ir as dev
+from typebar.compiler import ir
+from typebar.compiler.passes.slots import Slot, apart, collect, place, record
+from typebar.compiler.rows import MAX_GROUPS, Layout, Tokens, crossing, needed, place_of, shared, split_tail
+from typebar.compiler.scratch import Limits
+
+
+def allocate_rows(program: dev.ProgramOp, limits: Limits, least: int) -> None:
+    """Choose the largest blocks that fit, and set `rows_at` and `rows_scratch`; nothing if none of two tokens does.
+
+    Two groups where each has `least` rows, so that reading weights for each does not hold up the matrix unit; else one.
+    """
+    if not possible(program):
+        return
+    for tokens in _candidates(limits.vectors, least):
+        for step in (limits.step, limits.align):
+            layout = Layout(replace(limits, step=step), tokens)
+            if _try(program, layout):
+                program.rows, program.groups = ir.number(tokens.rows), ir.number(tokens.groups)
+                program.rows_step = ir.number(step)
+                return
+
+
+def possible(program: dev.ProgramOp) -> bool:
+    """Whether blocks have a form: something mixes positions, no loop carries a parameter, and no table comes last."""
+    loops = [op for op in program.walk() if isinstance(op, ir.RepeatOp)]
+    carried = [value for loop in loops for value in (*loop.inits, *_yielded(loop))]
+    _, tail = split_tail(program)
+    late = any(isinstance(op, dev.LookupOp) for op in tail)
+    return bool(needed(program)) and not late and not any(shared(value) for value in carried)
+
+
+def _yielded(loop: ir.RepeatOp) -> list[SSAValue]:
+    last = loop.body.block.last_op
+    return list(last.operands) if last is not None else []
+
+
+def _candidates(vectors: int, least: int) -> Iterator[Tokens]:
+    for groups in range(MAX_GROUPS, 0, -1):
+        for rows in range(vectors, max(2, least if groups > 1 else 0) - 1, -1):
+            yield Tokens(rows, groups)
+
+
+def _try(program: dev.ProgramOp, layout: Layout) -> bool:
+    ops = needed(program)
+    slots = collect(ops, layout.words, layout.scratch)
+    end = 1 + max((slot.end for slot in slots), default=0)
+    fixed = []
+    for value in crossing(program):
+        if shared(value):
+            continue
+        for slot in slots:
+            if value in slot.values:
+                slot.end = end
+        fixed.append(Slot(layout.stride(value), end, end, at=place_of(value, "")))
+    if place(apart(slots), layout.step, fixed) > layout.limits.words:
+        return False
+    record(slots, "rows_")
+    return True
