@@ -76,10 +76,10 @@ def back_passes(
 
 
 def _group_rows(machine: Machine) -> int:
-    """The fewest vectors for which the matrix unit holds a 16-bit tile as long as HBM takes to deliver it."""
-    matrix, slots = machine.matrix, machine.hbm.rows_per_write_slot
+    """The fewest vectors for which the matrix unit holds a 16-bit tile as long as it takes to fetch, a row a cycle."""
+    matrix = machine.matrix
     tile = matrix.columns * matrix.lanes * FORMAT_BYTES[Format.FP16]
-    return -(-matrix.rows * tile * (slots + 1) // (machine.row_bytes * slots))
+    return -(-matrix.rows * tile // machine.row_bytes)
 
 
 def check_devices(devices: int) -> None:

@@ -8,7 +8,8 @@ needs what stands after the last attention: the *tail* of a step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from xdsl.dialects.builtin import IndexType
@@ -21,6 +22,8 @@ from typebar.compiler.scratch import Limits, positions_of
 
 MAX_GROUPS = 2
 """Groups that the emitter has registers for."""
+LAG = 1
+"""Operations by which the second group is behind the first."""
 HEADS_ALTERNATING = 2
 """K/V heads whose scores have places of their own, so that one's softmax passes while the other's product runs."""
 
@@ -78,6 +81,42 @@ def needed(program: dev.ProgramOp) -> list[Operation]:
     ]
 
 
+def schedule(ops: Sequence[Operation], groups: int) -> list[tuple[Operation, int]]:
+    """The order in which operations of a block (no loops) go through the groups: the second group lags `LAG` behind.
+
+    So one group's products run while the vector unit and the ring work for the other. What all tokens share, and loops,
+    come once.
+    """
+    order: list[tuple[Operation, int]] = []
+    waiting: deque[Operation] = deque()
+
+    def follow(lag: int) -> None:
+        while len(waiting) > lag:
+            order.append((waiting.popleft(), 1))
+
+    for op in ops:
+        if isinstance(op, ir.RepeatOp):
+            follow(0)
+        order.append((op, 0))
+        if groups > 1 and op.results and not isinstance(op, ir.RepeatOp) and not shared(op.results[0]):
+            waiting.append(op)
+        follow(LAG)
+    follow(0)
+    return order
+
+
+def last_parts(ops: Sequence[Operation], groups: int) -> dict[Operation, Operation]:
+    """For each operation of a block that goes through the second group later, the last one started before that."""
+    found: dict[Operation, Operation] = {}
+    latest = None
+    for op, group in schedule(ops, groups):
+        if group == 0:
+            latest = op
+        elif latest is not None:
+            found[op] = latest
+    return found
+
+
 def shared(value: SSAValue) -> bool:
     """Whether a value is the same for all tokens of a block."""
     owner = value.owner
@@ -125,6 +164,12 @@ class Layout:
         step = self.step(words)
         return -(-words // step) * step
 
+    @property
+    def own_rows(self) -> int:
+        """Rows of a group that one device norms: its share, if the devices share them evenly, or all."""
+        share, rest = divmod(self.tokens.rows, self.limits.devices)
+        return self.tokens.rows if rest else share
+
     def heads(self, op: dev.AttentionOp | AttendOp) -> int:
         """Query heads of a K/V head that go into one matrix instruction with all tokens of a group."""
         own = (op.planes is not None and op.planes.value.data > 1) or per_token_bias(op)
@@ -141,11 +186,12 @@ class Layout:
         return offsets | {"total": total}
 
     def _vectors(self, op: Operation) -> dict[str, int]:
-        rows = self.tokens.rows
+        rows = self.own_rows
+        own = {"own": rows * self.stride(op.results[0])} if op.results and rows < self.tokens.rows else {}
         if isinstance(op, dev.LayerNormOp):
-            return {"mean": rows, "variance": rows}
+            return {"mean": rows, "variance": rows} | own
         if isinstance(op, dev.RmsNormOp):
-            return {"variance": rows}
+            return {"variance": rows} | own
         if isinstance(op, dev.RotaryOp):
             return {"crossed": int(op.heads.value.data) * int(op.pad.value.data)}
         if isinstance(op, dev.AttentionOp | AttendOp):

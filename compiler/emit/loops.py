@@ -15,9 +15,9 @@ from typebar.isa.instructions import Region
 
 
 def emit_loop(
-    e: Emission, loop: ir.RepeatOp, emit: Callable[[Operation], None], copy: Callable[[SSAValue, int], None]
+    e: Emission, loop: ir.RepeatOp, emit: Callable[[list[Operation]], None], copy: Callable[[SSAValue, int], None]
 ) -> None:
-    """The loop; `emit` emits an operation of its body, and `copy` a copy of a value to a word address.
+    """The loop; `emit` emits the operations of its body, and `copy` a copy of a value to a word address.
 
     Raises:
         TypebarError: a loop inside the loop, or tensors whose layers no one loop can follow.
@@ -37,14 +37,13 @@ def emit_loop(
     label = build.fresh("layer")
     build.label(label)
     e.in_loop = True
-    for op in body.ops:
-        if isinstance(op, ir.YieldOp):
-            for value, home in zip(op.values, homes, strict=True):
-                copy(value, home)
-        elif isinstance(op, ir.RepeatOp):
-            raise TypebarError("a loop inside a loop has no form here: run reroll once only")
-        else:
-            emit(op)
+    inside, last = list(body.ops)[:-1], body.last_op
+    assert isinstance(last, ir.YieldOp)
+    if any(isinstance(op, ir.RepeatOp) for op in inside):
+        raise TypebarError("a loop inside a loop has no form here: run reroll once only")
+    emit(inside)
+    for value, home in zip(last.values, homes, strict=True):
+        copy(value, home)
     e.in_loop = False
     for region, stride in steps.items():
         build.increase(REGION_REGISTER[region], stride)

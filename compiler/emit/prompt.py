@@ -21,7 +21,7 @@ from typebar.compiler.emit.loops import emit_loop
 from typebar.compiler.emit.rows import RowsEmission
 from typebar.compiler.emit.rows_attention import emit_attention
 from typebar.compiler.emit.vectors import emit_load
-from typebar.compiler.rows import crossing, needed, place_of, shared
+from typebar.compiler.rows import crossing, needed, place_of, schedule, shared
 from typebar.isa.errors import TypebarError
 
 _EMITTERS: dict[type[Operation], Callable[[RowsEmission, Any], None]] = {
@@ -62,8 +62,7 @@ def emit_prompt(e: RowsEmission, program: dev.ProgramOp, node: Callable[[Operati
         build.add("ssub", rd=int(R.T1), a=reg(R.T1), b=reg(R.ROWS))
         build.add("smin", rd=int(R.ROWS_NEXT), a=reg(R.T1), b=tokens.rows)
     build.add("sadd", rd=int(R.LENGTH), a=reg(R.POSITION), b=reg(R.ROWS))
-    for op in needed(program):
-        _emit(e, op, node)
+    _emit(e, needed(program), node)
     build.add("ssub", rd=int(R.T1), a=reg(R.LAST), b=reg(R.POSITION))
     build.branch("blt", "last", reg(R.T1), tokens.count)
     build.increase(R.POSITION, tokens.count)
@@ -91,24 +90,24 @@ def _last_token(e: RowsEmission, program: dev.ProgramOp) -> None:
     build.add("sadd", rd=int(R.LENGTH), a=reg(R.LAST, 1), b=0)
 
 
-def _emit(e: RowsEmission, op: Operation, node: Callable[[Operation], str]) -> None:
-    """An operation for each group; what all tokens share once."""
-    if isinstance(op, ir.RepeatOp):
-        emit_loop(e, op, lambda item: _emit(e, item, node), lambda value, home: _copy(e, value, home))
-        return
-    emitter = _EMITTERS.get(type(op))
-    if emitter is None:
-        raise TypebarError(f"{op.name} has no instructions: run partition and fuse first")
-    e.build.note(f"rows of {node(op)}")
-    emitter(e, op)
-    if e.layout.tokens.groups == 1 or shared(op.results[0]):
-        return
-    skip = e.build.fresh("absent")
-    e.build.branch("beq", skip, reg(R.ROWS_NEXT), 0)
-    _switch(e, op, 1)
-    emitter(e, op)
-    _switch(e, op, 0)
-    e.build.label(skip)
+def _emit(e: RowsEmission, ops: list[Operation], node: Callable[[Operation], str]) -> None:
+    """Operations in the order in which they go through the groups; the second group may have no tokens."""
+    for op, group in schedule(ops, e.layout.tokens.groups):
+        if isinstance(op, ir.RepeatOp):
+            emit_loop(e, op, lambda inside: _emit(e, inside, node), lambda value, home: _copy(e, value, home))
+            continue
+        emitter = _EMITTERS.get(type(op))
+        if emitter is None:
+            raise TypebarError(f"{op.name} has no instructions: run partition and fuse first")
+        skip = e.build.fresh("absent")
+        if group:
+            e.build.branch("beq", skip, reg(R.ROWS_NEXT), 0)
+            _switch(e, op, group)
+        e.build.note(f"rows of {node(op)}")
+        emitter(e, op)
+        if group:
+            _switch(e, op, 0)
+            e.build.label(skip)
 
 
 def _switch(e: RowsEmission, op: Operation, group: int) -> None:

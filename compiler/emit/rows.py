@@ -162,17 +162,18 @@ def emit_gather(e: RowsEmission, op: dev.GatherOp) -> None:
     """One gather for all rows where its result may lie by device; else one for each row, which leaves rows whole."""
     build, words = e.build, ir.width(op.x)
     if e.ranked(op.out):
-        _gather(e, e.address(op.out), e.address(op.x), e.most * words)
+        gather(e, e.address(op.out), e.address(op.x), e.most * words)
         return
     done = build.fresh("gathered")
     for row in range(e.most):
         if row:
             build.branch("bge", done, row, reg(e.held))
-        _gather(e, e.row(op.out, row), e.row(op.x, row), words)
+        gather(e, e.row(op.out, row), e.row(op.x, row), words)
     build.label(done)
 
 
-def _gather(e: RowsEmission, dst: int, a: int, n: int) -> None:
+def gather(e: RowsEmission, dst: int, a: int, n: int) -> None:
+    """One ring instruction, and the fence that `control.barriers` wants."""
     e.build.add("gather", dst=dst, a=a, n=n)
     if e.machine.control.barriers:
         e.build.add("fence")
@@ -209,42 +210,71 @@ def emit_rotary(e: RowsEmission, op: dev.RotaryOp) -> None:
     build.branch("blt", label, reg(R.BLOCK), reg(e.held))
 
 
+@dataclass(frozen=True)
+class _Norm:
+    """Where a norm's rows come from and go to: word addresses, and how many rows."""
+
+    x: list[Operand]
+    y: list[Operand]
+    mean: int
+    variance: int
+
+
+def _begin_norm(e: RowsEmission, op: dev.LayerNormOp | dev.RmsNormOp) -> _Norm:
+    """This device's rows, from OFFSET on, to a place of their own; or all rows."""
+    s, own = e.scratch(op), e.layout.own_rows
+    base, start = R.ZERO, [e.row(op.out, row) for row in range(own)]
+    if own < e.most:
+        e.build.add("smul", rd=int(R.OFFSET), a=reg(R.RANK), b=e.build.any_size(own * e.layout.stride(op.x), R.T0))
+        base, start = R.OFFSET, [s["own"] + row * e.layout.stride(op.out) for row in range(own)]
+    x = [reg(R.ZERO if shared(op.x) else base, e.row(op.x, row)) for row in range(own)]
+    return _Norm(x, [Operand(0, address) for address in start], s.get("mean", 0), s["variance"])
+
+
+def _end_norm(e: RowsEmission, op: dev.LayerNormOp | dev.RmsNormOp) -> None:
+    """All devices' rows, in order."""
+    own = e.layout.own_rows
+    if own < e.most:
+        gather(e, e.address(op.out), e.scratch(op)["own"], own * e.layout.stride(op.out))
+
+
 def emit_layer_norm(e: RowsEmission, op: dev.LayerNormOp) -> None:
     """Step by step for all rows, so that one row's latencies pass while others compute."""
-    n, build, rows, s = op.count, e.build, range(e.most), e.scratch(op)
-    mean, variance = s["mean"], s["variance"]
-    for row in rows:
-        build.add("vsum", dst=mean + row, a=e.row(op.x, row), n=n)
-    build.add("vmul", dst=mean, a=mean, n=e.most, **immediate(1.0 / n))
-    for row in rows:
-        build.add("vsub", b_from=_WORD, dst=e.row(op.out, row), a=e.row(op.x, row), b=mean + row, n=n)
-    for row in rows:
-        build.add("vsumsq", dst=variance + row, a=e.row(op.out, row), n=n)
-    _scale_rows(e, op, variance, op.out)
+    n, build, norm = op.count, e.build, _begin_norm(e, op)
+    for row, x in enumerate(norm.x):
+        build.add("vsum", dst=norm.mean + row, a=x, n=n)
+    build.add("vmul", dst=norm.mean, a=norm.mean, n=len(norm.x), **immediate(1.0 / n))
+    for row, (x, y) in enumerate(zip(norm.x, norm.y, strict=True)):
+        build.add("vsub", b_from=_WORD, dst=y, a=x, b=norm.mean + row, n=n)
+    for row, y in enumerate(norm.y):
+        build.add("vsumsq", dst=norm.variance + row, a=y, n=n)
+    _scale_rows(e, op, norm, norm.y)
     if op.bias is not None:
-        for row in rows:
-            build.add("vadd", dst=e.row(op.out, row), a=e.row(op.out, row), b=e.address(op.bias), n=n)
+        for y in norm.y:
+            build.add("vadd", dst=y, a=y, b=e.address(op.bias), n=n)
+    _end_norm(e, op)
 
 
 def emit_rms_norm(e: RowsEmission, op: dev.RmsNormOp) -> None:
     """Mean square, scale: step by step for all rows."""
-    variance = e.scratch(op)["variance"]
-    for row in range(e.most):
-        e.build.add("vsumsq", dst=variance + row, a=e.row(op.x, row), n=op.count)
-    _scale_rows(e, op, variance, op.x)
+    norm = _begin_norm(e, op)
+    for row, x in enumerate(norm.x):
+        e.build.add("vsumsq", dst=norm.variance + row, a=x, n=op.count)
+    _scale_rows(e, op, norm, norm.x)
+    _end_norm(e, op)
 
 
-def _scale_rows(e: RowsEmission, op: dev.LayerNormOp | dev.RmsNormOp, variance: int, x: SSAValue) -> None:
-    """Rows of x times 1 / sqrt(sum of squares / n + eps), times the weight, to the result."""
-    build, rows, n = e.build, range(e.most), op.count
-    build.add("vmul", dst=variance, a=variance, n=e.most, **immediate(1.0 / n))
-    build.add("vadd", dst=variance, a=variance, n=e.most, **immediate(op.eps.value.data))
-    build.add("vunary", function=int(Function.RSQRT), dst=variance, a=variance, n=e.most)
-    for row in rows:
-        build.add("vmul", b_from=_WORD, dst=e.row(op.out, row), a=e.row(x, row), b=variance + row, n=n)
+def _scale_rows(e: RowsEmission, op: dev.LayerNormOp | dev.RmsNormOp, norm: _Norm, xs: list[Operand]) -> None:
+    """Rows `xs` times 1 / sqrt(sum of squares / n + eps), times the weight, to the result."""
+    build, n, variance, rows = e.build, op.count, norm.variance, len(xs)
+    build.add("vmul", dst=variance, a=variance, n=rows, **immediate(1.0 / n))
+    build.add("vadd", dst=variance, a=variance, n=rows, **immediate(op.eps.value.data))
+    build.add("vunary", function=int(Function.RSQRT), dst=variance, a=variance, n=rows)
+    for row, (x, y) in enumerate(zip(xs, norm.y, strict=True)):
+        build.add("vmul", b_from=_WORD, dst=y, a=x, b=variance + row, n=n)
     if op.weight is not None:
-        for row in rows:
-            build.add("vmul", dst=e.row(op.out, row), a=e.row(op.out, row), b=e.address(op.weight), n=n)
+        for y in norm.y:
+            build.add("vmul", dst=y, a=y, b=e.address(op.weight), n=n)
 
 
 def emit_pair(e: RowsEmission, op: dev.AddOp | dev.MulOp) -> None:

@@ -239,4 +239,8 @@ def _emit_loop(e: Emission, loop: ir.RepeatOp) -> None:
         if e.address(value) != home:
             e.build.add("vmov", dst=home, b=e.address(value), n=ir.width(value))
 
-    emit_loop(e, loop, lambda op: _emit_op(e, op), copy)
+    def emit(ops: list[Operation]) -> None:
+        for op in ops:
+            _emit_op(e, op)
+
+    emit_loop(e, loop, emit, copy)

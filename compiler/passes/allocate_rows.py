@@ -6,15 +6,15 @@ of a block, the last token's row, is copied to where the step for one token has 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from xdsl.ir import SSAValue
+from xdsl.ir import Operation, SSAValue
 
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
 from typebar.compiler.passes.slots import Slot, apart, collect, place, record
-from typebar.compiler.rows import MAX_GROUPS, Layout, Tokens, crossing, needed, place_of, shared, split_tail
+from typebar.compiler.rows import MAX_GROUPS, Layout, Tokens, crossing, last_parts, needed, place_of, shared, split_tail
 from typebar.compiler.scratch import Limits
 
 
@@ -25,13 +25,12 @@ def allocate_rows(program: dev.ProgramOp, limits: Limits, least: int) -> None:
     """
     if not possible(program):
         return
-    for tokens in _candidates(limits.vectors, least):
-        for step in (limits.step, limits.align):
-            layout = Layout(replace(limits, step=step), tokens)
-            if _try(program, layout):
-                program.rows, program.groups = ir.number(tokens.rows), ir.number(tokens.groups)
-                program.rows_step = ir.number(step)
-                return
+    for tokens, step in _candidates(limits, least):
+        layout = Layout(replace(limits, step=step), tokens)
+        if _try(program, layout):
+            program.rows, program.groups = ir.number(tokens.rows), ir.number(tokens.groups)
+            program.rows_step = ir.number(step)
+            return
 
 
 def possible(program: dev.ProgramOp) -> bool:
@@ -48,15 +47,27 @@ def _yielded(loop: ir.RepeatOp) -> list[SSAValue]:
     return list(last.operands) if last is not None else []
 
 
-def _candidates(vectors: int, least: int) -> Iterator[Tokens]:
+def _candidates(limits: Limits, least: int) -> Iterator[tuple[Tokens, int]]:
+    """Blocks to try, best first.
+
+    Groups that share no hazard segment overlap, and rows that the devices share evenly are normed once: both are worth
+    more than size.
+    """
     for groups in range(MAX_GROUPS, 0, -1):
-        for rows in range(vectors, max(2, least if groups > 1 else 0) - 1, -1):
-            yield Tokens(rows, groups)
+        for step in dict.fromkeys((limits.step, limits.align)):
+            for rows in range(limits.vectors, max(2, least if groups > 1 else 0) - 1, -1):
+                if rows < limits.devices or rows % limits.devices == 0:
+                    yield Tokens(rows, groups), step
 
 
 def _try(program: dev.ProgramOp, layout: Layout) -> bool:
     ops = needed(program)
-    slots = collect(ops, layout.words, layout.scratch)
+    groups = layout.tokens.groups
+
+    def late(ops: Sequence[Operation]) -> dict[Operation, Operation]:
+        return last_parts(ops, groups)
+
+    slots = collect(ops, layout.words, layout.scratch, late)
     end = 1 + max((slot.end for slot in slots), default=0)
     fixed = []
     for value in crossing(program):

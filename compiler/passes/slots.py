@@ -15,6 +15,8 @@ Words = Callable[[SSAValue], int]
 """Words of a value."""
 Scratch = Callable[[Operation], Mapping[str, int]]
 """Offsets of an operation's scratch vectors, by name, and their `total`."""
+Late = Callable[[Sequence[Operation]], Mapping[Operation, Operation]]
+"""For operations of one block, the one in whose place the last part of each is computed."""
 
 
 _LOADS = dev.ParamOp | dev.BiasOp
@@ -36,16 +38,20 @@ SlotGroups = list[list[Slot]]
 """Slots that lie in a row."""
 
 
-def collect(ops: Iterable[Operation], words: Words, scratch: Scratch) -> list[Slot]:
-    """The slots of some operations in order, the first ones of a program's block."""
+def collect(ops: Iterable[Operation], words: Words, scratch: Scratch, late: Late | None = None) -> list[Slot]:
+    """The slots of some operations in order, the first ones of a program's block.
+
+    `late` gives, for a block's operations, those in whose place the last part of an operation is computed.
+    """
     order: dict[Operation, tuple[int, int]] = {}
     ops = list(ops)
-    _number(ops, order, 0)
+    _number(ops, order, 0, late)
     slots: dict[SSAValue, Slot] = {}
     result: list[Slot] = []
 
     def slot(value: SSAValue, start: int) -> Slot:
-        slots[value] = Slot(words(value), start, start, [value])
+        end = order[value.owner][1] if isinstance(value.owner, Operation) else start
+        slots[value] = Slot(words(value), start, end, [value])
         result.append(slots[value])
         return slots[value]
 
@@ -75,13 +81,20 @@ def collect(ops: Iterable[Operation], words: Words, scratch: Scratch) -> list[Sl
     return result
 
 
-def _number(ops: Iterable[Operation], order: dict[Operation, tuple[int, int]], count: int) -> int:
-    """Number operations in program order; a loop spans its body."""
+def _number(
+    ops: Iterable[Operation], order: dict[Operation, tuple[int, int]], count: int, late: Late | None = None
+) -> int:
+    """Number operations in program order; a loop spans its body, and others what lies before their last part."""
+    ops = list(ops)
     for op in ops:
         first = count = count + 1
         if isinstance(op, ir.RepeatOp | PhaseOp):
-            count = _number(op.body.block.ops, order, count) + 1
+            count = _number(op.body.block.ops, order, count, late) + 1
         order[op] = (first, count)
+    if late is not None:
+        numbers = dict(order)
+        for op, place in late(ops).items():
+            order[op] = (numbers[op][0], numbers[place][0])
     return count
 
 
@@ -93,7 +106,7 @@ def _seen_from(value: SSAValue, op: Operation, order: dict[Operation, tuple[int,
         parent = user.parent_op()
         assert parent is not None
         user = parent
-    return order[user][1] if user is not op else order[op][0]
+    return order[op][0] if user is op and isinstance(op, ir.RepeatOp) else order[user][1]
 
 
 def _loop_slots(
