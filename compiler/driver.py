@@ -14,13 +14,14 @@ from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
 from typebar.compiler.emit import ENTRIES, emit
 from typebar.compiler.frontend import FrontendModel
-from typebar.compiler.memory import MemoryPlan, plan_memory
+from typebar.compiler.memory import MemoryPlan, plan_memory, program_of
 from typebar.compiler.packing import Packer, stored_format
 from typebar.compiler.passes.allocate import AllocatePass, AllocationError
 from typebar.compiler.passes.fuse import FusePass
 from typebar.compiler.passes.partition import PartitionPass
 from typebar.compiler.passes.phases import PhasesPass
 from typebar.compiler.quantisation import quantise
+from typebar.compiler.rows import tokens_of
 from typebar.isa.errors import TypebarError
 from typebar.isa.image_manifest import Manifest
 from typebar.isa.image_writer import write_image
@@ -118,6 +119,15 @@ def build(model: FrontendModel, machine: Machine, devices: int, fmt: Format) -> 
         break
     memory = plan_memory(module, machine, model.weights, stored)
     program = emit(module, machine, memory, stored)
+    tokens = tokens_of(program_of(module)) if "prompt" in program.labels else None
+    memory.accounting |= (
+        {"prompt_rows": 1, "prompt_groups": 1}
+        if tokens is None
+        else {
+            "prompt_rows": tokens.rows,
+            "prompt_groups": tokens.groups,
+        }
+    )
     return Compiled(program, memory, model, machine, devices, fmt, str(model.module))
 
 

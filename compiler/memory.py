@@ -16,6 +16,7 @@ from xdsl.ir import Block, Operation
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir, tables
 from typebar.compiler.device_source import ENCODER_CACHES, AttendOp, CacheOp, PhaseOp, RestoreOp, SaveOp, SourceOp
+from typebar.compiler.rows import split_tail
 from typebar.isa.errors import TypebarError
 from typebar.isa.image_plan import PAGE_BYTES, AddressMap, TensorPlan, plan_regions
 from typebar.isa.instructions import FORMAT_BYTES, Format, Region
@@ -93,8 +94,10 @@ class MemoryPlan:
     kv_bytes: int
     io: IoMap
     accounting: dict[str, int] = field(default_factory=dict)
-    """Unpadded bytes of the weights that a token's pass reads and of the logits' matrix among them (passes inside the
-    prompt skip it), all devices' packed bytes, K/V bytes that a position adds, and multiply-accumulates of a pass.
+    """Unpadded bytes of the weights that a token's pass reads, and among them of the logits' matrix (passes inside the
+    prompt skip it) and of all matrices after the last attention (blocks of a prompt's tokens skip them), all devices'
+    packed bytes, K/V bytes that a position adds, and multiply-accumulates of a pass. `prompt_rows` tokens of a prompt
+    share a reading of the weights, in blocks of `prompt_groups` times as many: 1 and 1 if they go one by one.
     With an encoder, `source_` ones for a source position's pass, and the K/V bytes that it adds for cross-attention."""
     areas: dict[int, RowArea] = field(default_factory=dict)
 
@@ -124,6 +127,7 @@ def plan_memory(module: ModuleOp, machine: Machine, weights: Weights, fmt: Forma
     """
     program = program_of(module)
     planner = _Planner(machine, weights, fmt, int(program.devices.value.data), int(program.context.value.data))
+    planner.tail.update(split_tail(program)[1])
     source = source_of(module)
     if source is not None:
         planner.source(source)
@@ -147,8 +151,17 @@ class _Planner:
         self.source_context = 0
         self.rows: dict[int, int] = {}
         self.accounting = dict.fromkeys(
-            ("weight_bytes", "head_bytes", "packed_weight_bytes", "kv_bytes_per_position", "macs_per_token"), 0
+            (
+                "weight_bytes",
+                "head_bytes",
+                "tail_bytes",
+                "packed_weight_bytes",
+                "kv_bytes_per_position",
+                "macs_per_token",
+            ),
+            0,
         )
+        self.tail: set[Operation] = set()
 
     # Walking --------------------------------------------------------------------------------------------
     def walk(self, block: Block, layers: Sequence[Layer | None]) -> None:
@@ -262,6 +275,8 @@ class _Planner:
         self.add(op, name, Region.WEIGHTS, bytes_, meta)
         useful = source_rows * sum(item.size for item in pieces)
         self.accounting["weight_bytes"] += useful * element
+        if op in self.tail:
+            self.accounting["tail_bytes"] += useful * element
         if isinstance(op, dev.HeadOp):
             self.accounting["head_bytes"] = useful * element
             for scales, own in ((False, pieces[0].bias), (True, pieces[0].scale)):

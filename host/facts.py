@@ -10,7 +10,15 @@ from typebar.compiler.memory import IoMap
 from typebar.isa.image import Image, ImageError
 
 _ENTRY, _ENCODE = "main", "encode"
-_ACCOUNTS = ("weight_bytes", "head_bytes", "kv_bytes_per_position", "macs_per_token")
+_ACCOUNTS = (
+    "weight_bytes",
+    "head_bytes",
+    "tail_bytes",
+    "kv_bytes_per_position",
+    "macs_per_token",
+    "prompt_rows",
+    "prompt_groups",
+)
 _SOURCE_ACCOUNTS = ("source_weight_bytes", "source_kv_bytes_per_position", "cross_kv_bytes_per_position")
 
 
@@ -32,9 +40,9 @@ class EncoderFacts:
 class ImageFacts:
     """Sizes in tokens; `ends` are the tokens that end a text; `entry` an instruction index.
 
-    `accounting` has the bytes of unpadded weights that one pass reads, of the logits' matrix among them, and of the K
-    and V that one position adds, over all devices, and the multiply-accumulates of a pass with weights; with an encoder
-    also the bytes of a source position's pass.
+    `accounting` has the bytes of unpadded weights that one pass reads, of the logits' matrix and of all after the last
+    attention among them, and of the K and V that one position adds, over all devices, the multiply-accumulates of a pass with
+    weights, and how many tokens of a prompt share a reading of the weights; with an encoder also the bytes of a source position's pass.
     `encoder` is None for a model without one. `chat_template` is Jinja text, or None; `special_tokens` are texts by
     name for it, such as `bos_token`.
     """

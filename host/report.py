@@ -9,6 +9,8 @@ Definitions, for a prompt of P tokens and N new ones on D devices, S positions b
   number.
 - limit_ms_per_token: useful bytes per token / (D x HBM bytes per second of one device).
 - hbm_utilization: limit_ms_per_token / ms_per_token.
+- a prompt goes through in blocks: the tokens of a group share a reading of the weights, and one of K and V up to the
+  group's last; what follows the last attention is read once, for the last token.
 - hbm: bytes that all devices move in the whole run. weight_bytes, kv_bytes and kv_stored_bytes are the model's own;
   what is fetched beyond them is padding (of shapes that do not divide, of rows and of blocks), and what is written
   beyond them are partial writes (a row holds more than the elements stored).
@@ -103,6 +105,11 @@ class Subject:
     def fed(self, prompt: int) -> int:
         """Tokens that decoding starts from."""
         return prompt if self.source_context is None else 1
+
+    @property
+    def block(self) -> int:
+        """Tokens of a prompt that go through together; 1 if they go one by one."""
+        return self.accounting["prompt_rows"] * self.accounting["prompt_groups"]
 
     def account(self, name: str) -> int:
         """A figure of the accounting; those of an encoder are 0 where there is none."""
@@ -393,6 +400,16 @@ def _decode(subject: Subject, lengths: tuple[int, int, int], cycles: int) -> dic
     return {"tokens": tokens, "cycles": cycles, **figures}
 
 
+def _prompt_passes(subject: Subject, fed: int) -> list[int]:
+    """Positions that each reading of the weights sees at the end, over `fed` tokens: groups of blocks, or one token."""
+    rows, seen = subject.account("prompt_rows"), [0]
+    while seen[-1] < fed:
+        block = min(subject.block, fed - seen[-1])
+        first = seen[-1]
+        seen += [min(first + done + rows, first + block) for done in range(0, block, rows)]
+    return seen[1:]
+
+
 def _hbm(subject: Subject, result: TimingResult, lengths: tuple[int, int, int]) -> dict[str, int]:
     """Bytes that HBM moved in the whole run, all devices together: the model's own, and the others apart."""
 
@@ -401,12 +418,15 @@ def _hbm(subject: Subject, result: TimingResult, lengths: tuple[int, int, int]) 
 
     prompt, new, start = lengths
     fed, per_position = subject.fed(prompt), subject.accounting["kv_bytes_per_position"]
-    passes = fed + new - 1
-    weights = subject.accounting["weight_bytes"] * passes - subject.accounting["head_bytes"] * (fed - 1)
-    kv, stored = per_position * (start * passes + passes * (passes + 1) // 2), per_position * passes
+    passes, seen = fed + new - 1, _prompt_passes(subject, fed)
+    inside = subject.accounting["head_bytes" if subject.block == 1 else "tail_bytes"]
+    turns = len(seen) + new - 1
+    weights = subject.accounting["weight_bytes"] * turns - inside * (len(seen) - 1)
+    kv = per_position * (start * turns + sum(seen) + sum(range(fed + 1, passes + 1)))
+    stored = per_position * passes
     if subject.source_context is not None:
         own, cross = subject.account("source_kv_bytes_per_position"), subject.account("cross_kv_bytes_per_position")
-        kv += cross * prompt * passes
+        kv += cross * prompt * turns
         if not start:
             weights += subject.account("source_weight_bytes") * prompt
             kv += own * prompt * prompt

@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 
 import typebar
+from typebar.compiler import driver
+from typebar.compiler.frontend import load_model
 from typebar.host import report as host_report
 from typebar.host.report import SimulationReport, simulate
 from typebar.isa.errors import TypebarError
 from typebar.isa.image import Image
+from typebar.isa.instructions import Format
+from typebar.isa.machine import Machine
 from typebar.isa.program import encode
 from typebar.models import find
 
@@ -62,15 +66,19 @@ def test_decode_is_measured_against_the_models_own_bytes(report: SimulationRepor
     assert report.decode["hbm_utilization"] == pytest.approx(limit / seconds) and limit < seconds
 
 
+@pytest.mark.parametrize("prompt", [PROMPT, 70])
 @pytest.mark.parametrize("devices", [1, 2, 3, 4])
-def test_bytes_are_the_models_and_the_rest_is_padding(devices: int) -> None:
-    """Passes inside the prompt skip the logits' weights; on one and two devices every shape divides."""
+def test_bytes_are_the_models_and_the_rest_is_padding(devices: int, prompt: int) -> None:
+    """A group of the prompt's tokens reads the weights once, the logits' apart; on one and two devices all divides."""
     weights, kv = model_bytes()
     config = json.loads((find("folio-draft").path / "config.json").read_text())
-    head, passes = 2 * config["vocab_size"] * config["n_embd"], PROMPT + NEW - 1
-    hbm = simulate("folio-draft", devices=devices, prompt_tokens=PROMPT, new_tokens=NEW).hbm
-    assert hbm["weight_bytes"] == weights * passes - head * (PROMPT - 1)
-    assert hbm["kv_bytes"] == kv * passes * (passes + 1) // 2
+    head, passes = 2 * config["vocab_size"] * config["n_embd"], prompt + NEW - 1
+    made = driver.build(load_model(find("folio-draft").path), Machine.load("u280"), devices, Format.FP16)
+    rows = made.memory.accounting["prompt_rows"]
+    ends = [*range(rows, prompt, rows), prompt]
+    hbm = simulate("folio-draft", devices=devices, prompt_tokens=prompt, new_tokens=NEW).hbm
+    assert hbm["weight_bytes"] == weights * (len(ends) + NEW - 1) - head * (len(ends) - 1)
+    assert hbm["kv_bytes"] == kv * (sum(ends) + sum(range(prompt + 1, passes + 1)))
     assert hbm["kv_stored_bytes"] == kv * passes
     assert (hbm["weight_padding_bytes"] == 0) == (devices <= 2) and min(hbm.values()) >= 0
     assert hbm["total_bytes"] == sum(value for name, value in hbm.items() if name != "total_bytes")
