@@ -41,8 +41,9 @@ class ImageFacts:
     """Sizes in tokens; `ends` are the tokens that end a text; `entry` an instruction index.
 
     `accounting` has the bytes of unpadded weights that one pass reads, of the logits' matrix and of all after the last
-    attention among them, and of the K and V that one position adds, over all devices, the multiply-accumulates of a pass with
-    weights, and how many tokens of a prompt share a reading of the weights; with an encoder also the bytes of a source position's pass.
+    attention among them, and of the K and V that one position adds, over all devices, the multiply-accumulates of a
+    pass with weights, and how many tokens of a prompt share a reading of the weights; with an encoder also the bytes
+    of a source position's pass.
     `encoder` is None for a model without one. `chat_template` is Jinja text, or None; `special_tokens` are texts by
     name for it, such as `bos_token`.
     """
