@@ -23,12 +23,12 @@ TINY = Machine.load("tiny")
 SHORT_BLOCKS = TINY.override({"matrix.interleave": "4", "attention_block": "16"})
 """Attention over several blocks of positions, most of them cut by a block of tokens."""
 CONTEXT, MODULE_CONTEXT = 56, 48
-CONFIG = {"context": CONTEXT, "source_context": 16, "decoder_start_token_id": 0}
+SOURCE = {"source_context": 16, "decoder_start_token_id": 0}
 FEW = [FAMILIES[i] for i in (0, 5, 8)]
 
 
 def compiled(family: Family, machine: Machine, devices: int) -> driver.Compiled:
-    config = CONFIG | {"context": context_of(family)}
+    config = {"context": context_of(family)} | (SOURCE if family.encoder else {})
     return driver.build(load_model(random_model(family), config), machine, devices, Format.FP16)
 
 
