@@ -52,4 +52,5 @@ def _chart(area: str, points: list[Point], front: list[Point]) -> str:
         )
     legend = [(f"{count} device{'s' * (count != 1)}", colours[count], "block") for count in counts]
     chart.legend([("front", GREY, "4 3"), *legend])
+    chart.text(chart.right, 14, "black edge: on the front; hollow: does not fit", anchor="end")
     return str(chart)
