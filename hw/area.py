@@ -3,7 +3,7 @@
 A unit's memories are counted from their shapes (`hw.synthesis.memory_cells`), which is exact. The rest of its LUTs,
 registers and DSP slices is a sum of the terms of `UNITS`, each with a coefficient of its own that is not negative; the
 coefficients are those with the least squares of relative errors at the points that were synthesised
-(`benchmarks/area_points.py` measures and prints them). Latencies are not in the terms: they move registers only.
+(`benchmarks/area_points.py` measures and prints them). Of latencies only the dot units' is in the terms, for registers.
 """
 
 from __future__ import annotations
@@ -163,6 +163,7 @@ def _matrix_terms(machine: Machine) -> Terms:
         "lane of a weight column": columns * matrix.lanes,
         "lane of a vector": matrix.rows * matrix.lanes,
         "word of a register row": machine.vector.lanes,
+        "stage of a lane of a dot unit": dots * matrix.lanes * matrix.dot_latency,
     }
 
 
@@ -189,7 +190,12 @@ def _control_terms(machine: Machine) -> Terms:
 
 def _registers_terms(machine: Machine) -> Terms:
     vector = machine.vector
-    return {"unit": 1, "segment's word": vector.segments * vector.lanes, "segment": vector.segments}
+    return {
+        "unit": 1,
+        "segment's word": vector.segments * vector.lanes,
+        "word of a register row": vector.lanes,
+        "segment": vector.segments,
+    }
 
 
 def _word_terms(machine: Machine) -> Terms:
