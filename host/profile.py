@@ -26,6 +26,8 @@ SCORES, VALUES, HEAD, LINEAR = "attention scores", "attention values", "LM head"
 _LAYER_LABEL = "layer"
 _CACHED, _WEIGHTS = ("attention", "attend"), ("matrix", "logits")
 """First words of the comments on products with K and V, and on those with weights."""
+_ROWS = "rows of "
+"""Before the comments of blocks of a prompt's tokens."""
 _FETCHED = [COUNTERS.index("weights_fetched_bytes"), COUNTERS.index("kv_fetched_bytes")]
 _USEFUL = [COUNTERS.index("weights_useful_bytes"), COUNTERS.index("kv_useful_bytes")]
 _WRITTEN, _RING, _MACS = (COUNTERS.index(name) for name in ("kv_written_bytes", "ring_bytes", "macs"))
@@ -101,7 +103,7 @@ def products(program: Program) -> dict[int, Product]:
         if op.kind.unit is not Unit.MATRIX:
             continue
         cached = op.get("region") == Region.KV
-        before = [program.comments[place] for place in reversed(notes[: bisect_right(notes, pc)])]
+        before = [program.comments[at].removeprefix(_ROWS) for at in reversed(notes[: bisect_right(notes, pc)])]
         node = next((note for note in before if note.split(" ")[0] in (_CACHED if cached else _WEIGHTS)), "")
         if cached:
             kind = SCORES if op.get("full") else VALUES

@@ -197,7 +197,8 @@ def test_a_lost_process_is_one_line() -> None:
 
 def test_an_interruption_ends_the_processes() -> None:
     script = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a shell's background job\n"
         "from typebar.host.cli_errors import guarded\n"
         "from typebar.host.explore_run import Executor, run_all\n"
         "def wait():\n"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import Claim
 from families import FAMILIES, VOCAB, Family, random_model
-from test_families import CONFIG, PROMPT, SOURCE
+from test_families import CONTEXT, PROMPT, SOURCE, config_of
 from test_onnx_pair import export_pair
 
 import typebar
@@ -47,7 +47,7 @@ def export_onnx(family: Family, model: torch.nn.Module, folder: Path) -> Path:
     path, names = folder / "model.onnx", {"input_names": ["input_ids"], "output_names": ["logits"]}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        shapes = ({1: torch.export.Dim("T", min=2, max=CONFIG["context"])},)
+        shapes = ({1: torch.export.Dim("T", min=2, max=CONTEXT)},)
         torch.onnx.export(
             Logits(model), (torch.arange(PROMPT)[None],), path, dynamo=True, dynamic_shapes=shapes,
             external_data=False, verbose=False, **names,
@@ -73,7 +73,7 @@ def test_through_onnx(family: Family, tmp_path: Path, claim: Claim) -> None:
     found, programs = {}, {}
     for name, origin in given.items():
         path = tmp_path / f"{name}.safetensors"
-        typebar.compile(origin, path, machine="tiny", devices=3, config=CONFIG)
+        typebar.compile(origin, path, machine="tiny", devices=3, config=config_of(family))
         programs[name] = Image.open(path).program
         with typebar.load(path, device=["sim"]) as image:
             found[name] = image.logits(tokens, source)
@@ -95,7 +95,7 @@ def without_addresses(program: Program) -> list[str]:
 def test_on_the_rtl(family: Family, tmp_path: Path, claim: Claim) -> None:
     claim(family.name, "torch", "rtl", "")
     path = tmp_path / "image.safetensors"
-    typebar.compile(random_model(family), path, machine="tiny", devices=1, config=CONFIG)
+    typebar.compile(random_model(family), path, machine="tiny", devices=1, config=config_of(family))
     tokens, source = tokens_of(family)
     found = []
     for device in ("sim", "rtl"):

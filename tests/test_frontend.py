@@ -275,7 +275,7 @@ def test_a_module_that_cannot_be_copied() -> None:
 
 @pytest.mark.parametrize(
     ("listed", "kept"),
-    [([5], 5), ([6, 5], [6, 5]), ((5, 6, 5), [5, 6]), ([5, 97, -1, True, "x"], 5), ([], None), ([97], None)],
+    [([5], 5), ([6, 5], [6, 5]), ((5, 6, 5), [5, 6]), ([5, -1], 5), ([], None), ([-1], None)],
 )
 def test_end_of_text_tokens_from_a_list(listed: list[int], kept: object) -> None:
     model = gpt2()
