@@ -120,14 +120,8 @@ def build(model: FrontendModel, machine: Machine, devices: int, fmt: Format) -> 
     memory = plan_memory(module, machine, model.weights, stored)
     program = emit(module, machine, memory, stored)
     tokens = tokens_of(program_of(module)) if "prompt" in program.labels else None
-    memory.accounting |= (
-        {"prompt_rows": 1, "prompt_groups": 1}
-        if tokens is None
-        else {
-            "prompt_rows": tokens.rows,
-            "prompt_groups": tokens.groups,
-        }
-    )
+    rows, groups = (1, 1) if tokens is None else (tokens.rows, tokens.groups)
+    memory.accounting |= {"prompt_rows": rows, "prompt_groups": groups}
     return Compiled(program, memory, model, machine, devices, fmt, str(model.module))
 
 

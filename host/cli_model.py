@@ -289,9 +289,7 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Count the cycles of a generation, without computing it."""
-    source = image if image is not None else shape
-    if source is None or (image is not None and shape is not None):
-        raise TypebarError("simulate takes one of IMAGE and --shape NAME: give exactly one")
+    source = one_source("simulate", image, shape)
     from typebar.host import api
 
     with progress(f"simulating {source}", as_json), as_options(_LENGTH_OPTIONS):
@@ -310,6 +308,18 @@ def simulate(
         print_json(report.to_json())
     else:
         print_report(report)
+
+
+def one_source(command: str, image: str | None, shape: str | None) -> str:
+    """What a command simulates: an image, or a shape by name.
+
+    Raises:
+        TypebarError: neither is given, or both.
+    """
+    source = image if image is not None else shape
+    if source is None or (image is not None and shape is not None):
+        raise TypebarError(f"{command} takes one of IMAGE and --shape NAME: give exactly one")
+    return source
 
 
 def print_report(report: SimulationReport) -> None:

@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from typebar.host.cli_model import WeightFormat
+from typebar.host.cli_model import WeightFormat, one_source
 from typebar.host.cli_output import note, print_json, progress, settings
 from typebar.host.cli_tools import Json
-from typebar.isa.errors import TypebarError
 
 
 def report(
@@ -31,9 +30,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write a page on where the time goes: roofline, causes, layers, HBM and ring, scaling, limits."""
-    source = image if image is not None else shape
-    if source is None or (image is not None and shape is not None):
-        raise TypebarError("report takes one of IMAGE and --shape NAME: give exactly one")
+    source = one_source("report", image, shape)
     from typebar.host.page import report as write
 
     target = output if output is not None or as_json else Path("report.html")

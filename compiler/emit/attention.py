@@ -187,18 +187,18 @@ def _window(e: Emission, shape: _Shape) -> None:
         build.add("smin", rd=int(R.BLOCK_LENGTH), a=reg(R.PATCH, 1), b=reg(R.T0))
     else:
         build.add("sadd", rd=int(R.BLOCK_LENGTH), a=reg(R.PATCH), b=1)
-        _skipped_lines(e, shape, R.CHUNK, R.V_LINE)
+        skipped_lines(e, shape.depth, shape.size, R.CHUNK, R.V_LINE)
 
 
-def _skipped_lines(e: Emission, shape: _Shape, k: R, v: R) -> None:
+def skipped_lines(e: Emission, depth: int, size: int, k: R, v: R) -> None:
     """Lines of K and of V that SKIP positions take."""
     build = e.build
-    for register, step, size in (
-        (k, e.machine.column_block, k_block(e, shape.depth)),
-        (v, e.machine.matrix.lanes, v_chunk(e, shape.size)),
+    for register, step, taken in (
+        (k, e.machine.column_block, k_block(e, depth)),
+        (v, e.machine.matrix.lanes, v_chunk(e, size)),
     ):
         build.add("sshr", rd=int(register), a=reg(R.SKIP), b=step.bit_length() - 1)
-        build.add("smul", rd=int(register), a=reg(register), b=build.any_size(size // LINE_BYTES, R.T0))
+        build.add("smul", rd=int(register), a=reg(register), b=build.any_size(taken // LINE_BYTES, R.T0))
 
 
 def _seen(shape: _Shape, address: int) -> Operand:
@@ -337,7 +337,7 @@ def _one_block(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, first
     length = total = reg(R.BLOCK_LENGTH)
     k_line, v_line = reg(R.CHUNK), reg(R.V_LINE)
     if shape.window is not None:
-        _skipped_lines(e, shape, R.T1, R.T2)
+        skipped_lines(e, shape.depth, shape.size, R.T1, R.T2)
         build.add("sadd", rd=int(R.T1), a=reg(R.T1), b=k_line)
         build.add("sadd", rd=int(R.T2), a=reg(R.T2), b=v_line)
         k_line, v_line = reg(R.T1), reg(R.T2)

@@ -13,7 +13,7 @@ from xdsl.ir import SSAValue
 
 from typebar.compiler import device_ir as dev
 from typebar.compiler.device_source import AttendOp
-from typebar.compiler.emit.attention import cache_offsets, k_block, start_heads, store_k, store_v, v_chunk
+from typebar.compiler.emit.attention import cache_offsets, skipped_lines, start_heads, store_k, store_v
 from typebar.compiler.emit.builder import R, reg
 from typebar.compiler.emit.rows import RowsEmission
 from typebar.compiler.rows import per_token_bias
@@ -153,18 +153,7 @@ def _see(e: RowsEmission, shape: _Shape) -> None:
     for register in (R.LOW, R.HIGH, R.BLOCK_LENGTH):
         build.add("ssub", rd=int(register), a=reg(register), b=reg(R.SKIP))
     if not shape.blocks:
-        _skipped_lines(e, shape, R.CHUNK, R.V_LINE)
-
-
-def _skipped_lines(e: RowsEmission, shape: _Shape, k: R, v: R) -> None:
-    """Lines of K and of V that SKIP positions take."""
-    build = e.build
-    for register, step, size in (
-        (k, e.machine.column_block, k_block(e, shape.depth)),
-        (v, e.machine.matrix.lanes, v_chunk(e, shape.size)),
-    ):
-        build.add("sshr", rd=int(register), a=reg(R.SKIP), b=step.bit_length() - 1)
-        build.add("smul", rd=int(register), a=reg(register), b=build.any_size(size // LINE_BYTES, R.T0))
+        skipped_lines(e, shape.depth, shape.size, R.CHUNK, R.V_LINE)
 
 
 def _seen(shape: _Shape, address: int) -> Operand:
@@ -316,7 +305,7 @@ def _one_block(e: RowsEmission, shape: _Shape, first: int) -> None:
     rows = e.most * inner
     k_line, v_line = reg(R.CHUNK), reg(R.V_LINE)
     if shape.window is not None:
-        _skipped_lines(e, shape, R.T1, R.T2)
+        skipped_lines(e, shape.depth, shape.size, R.T1, R.T2)
         build.add("sadd", rd=int(R.T1), a=reg(R.T1), b=k_line)
         build.add("sadd", rd=int(R.T2), a=reg(R.T2), b=v_line)
         k_line, v_line = reg(R.T1), reg(R.T2)
