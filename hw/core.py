@@ -152,14 +152,13 @@ class Core(wiring.Component):
         ]
 
     def _register_file(self) -> None:
-        """Every port of the register file has one user; `vread` takes a word of its row."""
+        """Every port of the register file has one user, but `vread` takes a word through the ring's while that is idle."""
         m, file, control = self._m, self._registers, self._control
         users = {
             "read_vector_a": self._vector.read_a,
             "read_vector_b": self._vector.read_b,
             "read_matrix": self._matrix.read,
             "read_memory": self._memory.read,
-            "read_ring": self._ring.read,
             "write_vector": self._vector.write,
             "write_reduce": self._vector.write_reduce,
             "write_matrix": self._matrix.write,
@@ -170,9 +169,11 @@ class Core(wiring.Component):
         for name, port in users.items():
             wiring.connect(m, getattr(file, name), port)
         lanes = self.machine.vector.lanes.bit_length() - 1
+        row = control.read_address >> lanes
         m.d.comb += [
-            file.read_scalar.address.eq(control.read_address >> lanes),
-            control.read_data.eq(file.read_scalar.data[control.read_address[:lanes]]),
+            file.read_ring.address.eq(Mux(control.read_enable, row, self._ring.read.address)),
+            self._ring.read.data.eq(file.read_ring.data),
+            control.read_data.eq(file.read_ring.data[control.read_address[:lanes]]),
         ]
 
     def _buses(self) -> None:

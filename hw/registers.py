@@ -16,8 +16,8 @@ from typebar.hw.ports import file_rows, read_port, write_port
 from typebar.hw.replicate import Shared
 from typebar.isa.machine import Machine
 
-READERS = ("vector_a", "vector_b", "matrix", "memory", "ring", "scalar")
-"""Read ports; the vector unit has two, `vread` has its own."""
+READERS = ("vector_a", "vector_b", "matrix", "memory", "ring")
+"""Read ports; the vector unit has two, and `vread` shares the ring unit's."""
 WRITERS = ("vector", "reduce", "matrix", "memory", "ring_cw", "ring_ccw")
 """Write ports; `reduce` is the vector unit's second, for what reductions leave, and each ring direction has one."""
 

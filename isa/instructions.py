@@ -391,7 +391,7 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
         0x28,
         Unit.SCALAR,
         (_RD, _VA),
-        "read a vector word's bits; waits for its writer",
+        "read a vector word's bits; waits for its writer and for every gather",
         "R[rd] = bits(V[a])",
         (Trap.REGISTER_BOUNDS,),
     ),

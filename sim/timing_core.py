@@ -123,14 +123,19 @@ def _branches(opcode: int, a: int, b: int) -> bool:
 
 
 @compiled
+def _hold(s: State, d: int, ready: int, cause: int) -> None:
+    """Nothing issues before `ready`; charges the wait."""
+    if ready > s.time[d]:
+        s.causes[d, SCALAR, cause] += ready - s.time[d]
+        s.time[d] = ready
+
+
+@compiled
 def _wait(s: State, d: int, ready: int, cause: int) -> int:
     """The issue cycle when issue waits until `ready`; charges the wait and the issue cycle itself."""
-    t = s.time[d]
-    if ready > t:
-        s.causes[d, SCALAR, cause] += ready - t
-        t = ready
+    _hold(s, d, ready, cause)
     s.causes[d, SCALAR, C_ISSUE] += 1
-    return int(t)
+    return int(s.time[d])
 
 
 @compiled
@@ -152,7 +157,8 @@ def _execute_scalar(s: State, p: TimingParameters, code: Code, d: int, pc: int) 
         if a < 0 or a >= p.words:
             return T_BOUNDS
         segment = a // p.segment_words
-        t = _wait(s, d, s.write_done[d, segment], C_UNIT + s.write_unit[d, segment])
+        _hold(s, d, s.write_done[d, segment], C_UNIT + s.write_unit[d, segment])
+        t = _wait(s, d, s.done[d, RING], C_UNIT + RING)
         s.causes[d, SCALAR, C_READ] += p.read_latency - 1
         s.time[d] = t + p.read_latency
         if rd != 0:

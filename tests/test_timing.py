@@ -179,6 +179,18 @@ def test_vector_read_waits_for_the_writer_and_takes_its_latency() -> None:
     assert result.causes[0]["issue"] == {"issue": 3, "vector": 5, "read": 3}
 
 
+def test_vector_read_waits_until_no_gather_needs_the_port_that_it_shares() -> None:
+    gather, write = "gather dst=64 a=0 n=16\n", "vwrite dst=256 b=0\n"
+    alone = run(gather + "halt")
+    done = slices(alone, RING)[0][1]
+    result = run(gather + write + "vread rd=r3 a=256\nhalt")
+    assert result.total_cycles == done + 4 + 1
+    written = slices(result, VECTOR)[0][1] + 4
+    assert result.causes[0]["issue"] == {"issue": 4, "vector": written - 2, "ring": done - written, "read": 3}
+    younger = run(write + "vread rd=r3 a=256\n" + gather + "halt")
+    assert younger.causes[0]["issue"] == {"issue": 4, "vector": 5, "read": 3, "fence": younger.total_cycles - 12}
+
+
 def test_taken_branches_cost_branch_cycles() -> None:
     result = run("sli rd=r3 value=2\nloop:\nssub rd=r3 a=r3 b=1\nbne to=loop a=r3 b=0\nhalt")
     assert result.total_cycles == 8

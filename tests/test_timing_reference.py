@@ -495,7 +495,7 @@ class Device:
         elif name == "vread":
             segment = values["a"] // self.m.segment_words
             writers = [i for i in self.every if segment in i.writes]
-            if writers and not writers[-1].complete(c):
+            if not all(i.complete(c) for i in (*writers[-1:], *(o for o in self.every if o.op.kind.name == "gather"))):
                 return
             self.next_issue = c + self.m.control.read_latency
         else:

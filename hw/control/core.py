@@ -82,8 +82,8 @@ class ControlCore(wiring.Component):
     valid with the transfer. `activity` is the scalar core's own; its first active cycle is the contract's cycle 0.
     `stop` ends the run at once, for whoever finds a fault.
 
-    `vread`: `read_enable` with `read_address`, which holds; `read_data` must have the word `read_latency - 1` cycles
-    later, as it stood after the first of them. `sload`:
+    `vread`: `read_enable` for `read_latency` - 1 cycles from the one after the issue, in which the ring unit has nothing
+    in flight; `read_address` holds, and `read_data` must have the word in the last of them. `sload`:
     `scalar_valid` with `scalar_data` for one cycle, the one before the instruction's `done`.
 
     `issued`: domains whose next ticket is given out in this cycle, to the instruction at `commit_pc`.
@@ -235,6 +235,8 @@ class ControlCore(wiring.Component):
         m, decoded, opcode = self._m, self._decoded, self._decoded["opcode"]
         m.submodules.checker = self._checker = checker = OperandChecker(self.machine)
         m.submodules.scalar = scalar = ScalarUnit()
+        self._issued = Array(Signal(self.bits, name=f"issued_{item.name.lower()}") for item in Domain)
+        self._gathers = self._issued[Domain.RING] != self.completed[Domain.RING]
         trap, live, finished = Signal(TRAP_BITS), Signal(), Signal()
         m.d.comb += [
             checker.opcode.eq(opcode),
@@ -294,9 +296,11 @@ class ControlCore(wiring.Component):
         with m.If(~self._valid):
             m.d.comb += cause.eq(int(Cause.BRANCH))
         with m.Elif(opcode == OP["vread"]):
-            with m.If(self._reading):
+            with m.If(self.read_enable):
                 m.d.comb += cause.eq(int(Cause.READ))
             with m.Else():
+                with m.If(self._gathers):
+                    m.d.comb += cause.eq(int(Cause.RING))
                 for domain in reversed(UNIT_DOMAINS):
                     with m.If(board.waits[domain.name.lower()].valid):
                         m.d.comb += cause.eq(int(Cause[domain.name]))
@@ -326,21 +330,17 @@ class ControlCore(wiring.Component):
         ]
 
     def _read(self, live: Value) -> Value:
-        """`vread`: wait for the writer, then for `read_latency`; true in the last of these cycles."""
+        """`vread`: wait for the writer and all gathers, then for `read_latency`; true in the last of these cycles."""
         m, board = self._m, self._scoreboard()
         cycles = self.machine.control.read_latency - 1
         waiting = Signal(range(cycles + 1))
-        clear = ~Cat(board.waits[domain.name.lower()].valid for domain in UNIT_DOMAINS).any()
+        written = ~Cat(board.waits[domain.name.lower()].valid for domain in UNIT_DOMAINS).any()
         reads = live & (self._decoded["opcode"] == OP["vread"])
-        m.d.comb += [
-            self.read_enable.eq(reads & clear & (waiting == 0)),
-            self.read_address.eq(self._values[slot("vread", "a")]),
-        ]
-        with m.If(self.read_enable):
-            m.d.sync += waiting.eq(cycles)
-        with m.Elif(waiting != 0):
+        m.d.comb += [self.read_enable.eq(waiting != 0), self.read_address.eq(self._values[slot("vread", "a")])]
+        with m.If(waiting != 0):
             m.d.sync += waiting.eq(waiting - 1)
-        self._reading = waiting != 0
+        with m.Elif(reads & written & ~self._gathers):
+            m.d.sync += waiting.eq(cycles)
         return waiting == 1
 
     def _scoreboard(self) -> Scoreboard:
@@ -366,7 +366,7 @@ class ControlCore(wiring.Component):
         """Queues and their tickets; true in the last cycle in I of an instruction of a unit."""
         m, board, decoded = self._m, self._board, self._decoded
         depth = self.machine.control.queue_depth
-        self._issued = issued = Array(Signal(self.bits, name=f"issued_{item.name.lower()}") for item in Domain)
+        issued = self._issued
         self._queues = {item: TicketQueue(issued_layout(self.machine, item), depth, self.bits) for item in UNIT_DOMAINS}
         fetch_layout, stores = issued_layout(self.machine, Domain.FETCH), {Domain.MEMORY: Cause.STORE}
         self._queues[Domain.FETCH] = TicketQueue(fetch_layout, depth + 1, self.bits, FETCH_DOMAINS, stores)

@@ -264,7 +264,7 @@ class Core:
         dut.start.value, dut.entry.value = 1, entry
         await self.edge()
         dut.start.value = 0
-        origin, now, reads = -1, 0, {}
+        origin, now, reads, reading = -1, 0, {}, 0
         commits: list[tuple[int, int]] = []
         causes: dict[str, int] = {}
         registers = [0] * SCALAR_REGISTERS
@@ -292,8 +292,11 @@ class Core:
             if activity & 1:
                 cause = Cause(activity >> 1 & (1 << CAUSE_BITS) - 1).name.lower()
                 causes[cause] = causes.get(cause, 0) + 1
-            if int(dut.read_enable.value):
-                reads[now + latency - 1] = units.word(int(dut.read_address.value), cycle)
+            enabled = int(dut.read_enable.value)
+            if enabled and not reading:
+                assert not units.done[Domain.RING], f"a read at cycle {cycle} through the port of a gather"
+                reads[now + latency - 2] = units.word(int(dut.read_address.value), cycle)
+            reading = enabled
             for domain, name in self.names.items():
                 if int(getattr(dut, f"{name}__valid").value) and cycle >= units.free[domain]:
                     units.begin(*self._start(domain, cycle, cycle - max(0, units.free[domain])))
