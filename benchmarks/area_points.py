@@ -21,7 +21,9 @@ from typebar.hw import area
 from typebar.hw.synthesis import synthesise, total
 from typebar.isa.machine import Machine
 
-_U280 = "u280 matrix.columns=32 matrix.fifo_port_bytes=4096 matrix.dot_latency=25 hbm.fifo_bytes=16777216"
+_ROWS = "vector.words=131072 vector.align=16 vector.lanes=16 vector.ultra_copies=0"
+_U280 = f"u280 matrix.columns=32 matrix.fifo_port_bytes=4096 matrix.dot_latency=25 hbm.fifo_bytes=16777216 {_ROWS}"
+_WIDE_ROWS = "vector.words=262144 vector.align=32 vector.lanes=32 vector.ultra_copies=1"
 _NARROW = "tiny vector.lanes=2 matrix.vectors=2 matrix.rows="
 POINTS: dict[str, list[str]] = {
     "tiny": ["fetch", "ring", "memory", "counters", "ledger", "control block", "registers", "vector", "control"],
@@ -38,7 +40,8 @@ POINTS: dict[str, list[str]] = {
     f"{_NARROW}1 matrix.columns=16 matrix.interleave=4 matrix.fifo_port_bytes=512": ["matrix"],
     f"{_NARROW}2": ["matrix"],
     f"{_U280} ": ["matrix"],
-    "u280 matrix.columns=16 matrix.fifo_port_bytes=2048 matrix.dot_latency=25 hbm.fifo_bytes=8388608": [
+    f"{_U280} {_WIDE_ROWS}": ["ring", "memory", "registers", "vector"],
+    f"u280 matrix.columns=16 matrix.fifo_port_bytes=2048 matrix.dot_latency=25 hbm.fifo_bytes=8388608 {_ROWS}": [
         "fetch", "ring", "matrix",
     ],
 }  # fmt: skip
@@ -67,7 +70,8 @@ def measure(path: Path, again: list[str], only: list[str]) -> None:
     points = [point for point in area.load_points(path) if point.unit not in again] if path.exists() else []
     for unit, machine in wanted():
         key = area.parameters(machine)
-        if (only and unit not in only) or any(point.unit == unit and point.parameters == key for point in points):
+        known = any(point.unit == unit and area.parameters(point.machine()) == key for point in points)
+        if known or (only and unit not in only):
             continue
         resources = total(synthesise(UNITS[unit](machine)))
         points.append(area.Point(unit, key, resources))

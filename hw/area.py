@@ -83,9 +83,12 @@ class Residual:
 # Units: memories by their shapes, terms of the rest ----------------------------------------------------
 def _registers(machine: Machine) -> Resources:
     """A copy of every segment for each reader, words written by themselves."""
-    rows = file_rows(machine) // machine.vector.segments
-    copy = memory_cells(32 * machine.vector.lanes, rows, 1, clocked=True, word=32)
-    return _times(copy, len(READERS) * machine.vector.segments)
+    vector, rows = machine.vector, file_rows(machine) // machine.vector.segments
+    copies = {"": len(READERS) - vector.ultra_copies, "ultra": vector.ultra_copies}
+    return add(
+        _times(memory_cells(32 * vector.lanes, rows, 1, clocked=True, style=style, word=32), number * vector.segments)
+        for style, number in copies.items()
+    )
 
 
 def _tables(machine: Machine) -> Resources:

@@ -152,7 +152,7 @@ class Core(wiring.Component):
         ]
 
     def _register_file(self) -> None:
-        """Every port of the register file has one user, but `vread` takes a word through the ring's while that is idle."""
+        """Every port of the register file has one user; `vread` takes a word through the idle ring's."""
         m, file, control = self._m, self._registers, self._control
         users = {
             "read_vector_a": self._vector.read_a,

@@ -54,6 +54,7 @@ class Vector:
     align: int = _param("word alignment of a vector's base", 1, 128, contract=True, power=True)
     segments: int = _param("hazard segments of the register file", 8, 256, power=True)
     lanes: int = _param("float32 lanes of the vector unit; words in a row of the register file", 2, 256, power=True)
+    ultra_copies: int = _param("readers of the register file whose copy is UltraRAM, not block RAM", 0, 5)
     latency: int = _param(
         "cycles from an element's last cycle of occupancy to its result's use, any elementwise instruction", 1, 256
     )
@@ -203,7 +204,7 @@ class Machine:
         return _digest(self.contract_parameters())
 
     def timing_hash(self) -> str:
-        """SHA-256 over the parameters that only move time."""
+        """SHA-256 over all other parameters: they move time, or name what the hardware is made of."""
         keep = _contract_keys() | {"name", "description"}
         return _digest({k: v for k, v in _flatten(self).items() if k not in keep})
 
