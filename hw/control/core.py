@@ -82,8 +82,8 @@ class ControlCore(wiring.Component):
     valid with the transfer. `activity` is the scalar core's own; its first active cycle is the contract's cycle 0.
     `stop` ends the run at once, for whoever finds a fault.
 
-    `vread`: `read_enable` for `read_latency` - 1 cycles from the one after the issue, with nothing in flight in the ring
-    unit; `read_address` holds, and `read_data` must have the word in the last of them. `sload`: `scalar_valid` with
+    `vread`: `read_enable` for `read_latency` - 1 cycles from the one after its issue on, no gather being in flight;
+    `read_address` holds, and `read_data` must have the word in the last of them. `sload`: `scalar_valid` with
     `scalar_data` for one cycle, the one before the instruction's `done`.
 
     `issued`: domains whose next ticket is given out in this cycle, to the instruction at `commit_pc`.
