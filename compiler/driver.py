@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from xdsl.dialects.builtin import ModuleOp
 from xdsl.passes import ModulePass
 
 from typebar.compiler import device_ir as dev
@@ -20,6 +21,7 @@ from typebar.compiler.passes.allocate import AllocatePass, AllocationError
 from typebar.compiler.passes.fuse import FusePass
 from typebar.compiler.passes.partition import PartitionPass
 from typebar.compiler.passes.phases import PhasesPass
+from typebar.compiler.plan import COLUMNS, Plan
 from typebar.compiler.quantisation import quantise
 from typebar.compiler.rows import tokens_of
 from typebar.isa.errors import TypebarError
@@ -44,6 +46,7 @@ class Compiled:
     devices: int
     format: Format
     graph: str
+    plan: Plan = COLUMNS
 
 
 def weights_format(name: str) -> Format:
@@ -58,11 +61,15 @@ def weights_format(name: str) -> Format:
 
 
 def back_passes(
-    machine: Machine, devices: int, hoist: bool = True, shape: Callable[[str], tuple[int, ...]] | None = None
+    machine: Machine,
+    devices: int,
+    hoist: bool = True,
+    shape: Callable[[str], tuple[int, ...]] | None = None,
+    plan: Plan = COLUMNS,
 ) -> list[ModulePass]:
     """The passes from a re-rolled step to an allocated program, as `build` runs them; `shape` is a parameter's."""
     return [
-        PartitionPass(devices, machine.vector.align, machine.control.barriers, shape),
+        PartitionPass(devices, machine.vector.align, machine.control.barriers, plan.replicate, shape),
         FusePass(hoist),
         PhasesPass(hoist),
         AllocatePass(
@@ -93,23 +100,23 @@ def check_devices(devices: int) -> None:
         raise TypebarError(f"a ring has 1 to {MAX_DEVICES} devices, not {devices!r}: give an integer in that range")
 
 
-def build(model: FrontendModel, machine: Machine, devices: int, fmt: Format) -> Compiled:
-    """Compile a model's step for a ring of `devices` machines, without touching its weights.
+def as_stored(model: FrontendModel, fmt: Format) -> tuple[FrontendModel, Format]:
+    """The model whose weights have the format `fmt`, and that of everything else."""
+    return (quantise(model).model if fmt is Format.INT8 else model), stored_format(fmt)
 
-    With int8 the products' weights are quantised when they are packed; tables, K and V are fp16.
+
+def allocated(model: FrontendModel, machine: Machine, devices: int, plan: Plan = COLUMNS) -> ModuleOp:
+    """A model's step as an allocated program of a ring of `devices` machines; int8 weights have their scales already.
 
     Raises:
         TypebarError: the device count is out of range, or the model does not fit or cannot be lowered.
     """
     check_devices(devices)
-    stored = stored_format(fmt)
-    if fmt is Format.INT8:
-        model = quantise(model).model
     context = dev.context()
     for hoist in (True, False):
         module = model.module.clone()
         try:
-            for step in back_passes(machine, devices, hoist, model.weights.shape):
+            for step in back_passes(machine, devices, hoist, model.weights.shape, plan):
                 step.apply(context, module)
                 module.verify()
         except AllocationError:
@@ -117,12 +124,27 @@ def build(model: FrontendModel, machine: Machine, devices: int, fmt: Format) -> 
                 raise
             continue
         break
+    return module
+
+
+def build(model: FrontendModel, machine: Machine, devices: int, fmt: Format, plan: Plan = COLUMNS) -> Compiled:
+    """Compile a model's step for a ring of `devices` machines, without touching its weights.
+
+    With int8 the products' weights are quantised when they are packed; tables, K and V are fp16.
+
+    Raises:
+        TypebarError: the device count is out of range, the plan names no matrices of the model's, or the model does
+            not fit or cannot be lowered.
+    """
+    check_devices(devices)
+    model, stored = as_stored(model, fmt)
+    module = allocated(model, machine, devices, plan)
     memory = plan_memory(module, machine, model.weights, stored)
     program = emit(module, machine, memory, stored)
     tokens = tokens_of(program_of(module)) if "prompt" in program.labels else None
     rows, groups = (1, 1) if tokens is None else (tokens.rows, tokens.groups)
     memory.accounting |= {"prompt_rows": rows, "prompt_groups": groups}
-    return Compiled(program, memory, model, machine, devices, fmt, str(model.module))
+    return Compiled(program, memory, model, machine, devices, fmt, str(model.module), plan)
 
 
 def write(compiled: Compiled, path: str | Path, progress: Callable[[int, int], None] | None = None) -> Manifest:
@@ -145,7 +167,7 @@ def write(compiled: Compiled, path: str | Path, progress: Callable[[int, int], N
         "regions": {"kv": memory.kv_bytes, "io": memory.io.bytes},
         "io": asdict(memory.io),
         "model": _facts(model),
-        "accounting": memory.accounting,
+        "accounting": {**memory.accounting, "plan": compiled.plan.to_json()},
         "sources": {name: {"shape": list(model.weights.shape(name)), "dtype": dtype} for name, dtype in names.items()},
         "source_hash": hashlib.sha256(compiled.graph.encode()).hexdigest(),
     }

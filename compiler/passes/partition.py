@@ -4,13 +4,14 @@ Attention goes by heads, every other linear operation by columns, each in contig
 vector that all devices hold whole, so no addition is ever split and the bits do not depend on the number of devices.
 A `tbd.gather` stands where a shared-out value is needed whole. This is the split that DFX uses (section 4: head-wise
 attention, column-wise products, all-gather without arithmetic). On one device nothing needs one; with `alone` it is
-there all the same, for a machine that synchronises however many devices it has (`control.barriers`).
+there all the same, for a machine that synchronises however many devices it has (`control.barriers`). A matrix named in
+`replicate` is whole on every device instead, and its result needs no gather; nor does attention if q, k and v are so.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from xdsl.context import Context
@@ -54,14 +55,16 @@ class _Share:
 class PartitionPass(ModulePass):
     """Split a `tb.step` over `devices`.
 
-    `align` is the register alignment in words; `alone`: gather on one device too. `shape` gives the shapes of
-    parameters; without it score biases are taken to have a plane for each head.
+    `align` is the register alignment in words; `alone`: gather on one device too; `replicate`: weights that every
+    device holds whole, by the names that the step has for them. `shape` gives the shapes of parameters; without it
+    score biases are taken to have a plane for each head.
     """
 
     name = "partition"
     devices: int = 1
     align: int = 16
     alone: bool = False
+    replicate: tuple[str, ...] = ()
     shape: Callable[[str], tuple[int, ...]] | None = None
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
@@ -69,33 +72,53 @@ class PartitionPass(ModulePass):
 
         Raises:
             LoweringError: naming every operation that this machine has no form for.
+            TypebarError: `replicate` names what is no matrix of the step, or one that goes by columns or heads only.
         """
         encoder = next((item for item in op.body.block.ops if isinstance(item, ir.EncoderOp)), None)
         for step in [item for item in op.body.block.ops if isinstance(item, ir.StepOp)]:
             block = Block(arg_types=[IndexType(), IndexType()])
-            worker = _Partitioner(self.devices, self.align, self.alone, self.shape)
+            worker = self._worker()
             problems: list[Problem] = []
             if encoder is not None:
                 worker.memory = MemorySide(step, encoder)
-                first = _Partitioner(self.devices, self.align, self.alone, self.shape)
+                first = self._worker()
                 source = worker.memory.source(first)
                 problems += first.problems
             worker.step(step, block)
             problems += worker.problems
             if problems:
                 raise LoweringError(problems)
+            self._check_replicated(worker.linears | (first.linears if encoder is not None else {}))
             if encoder is not None:
                 Rewriter.replace_op(encoder, source, [])
             vocab, context = step.vocab.value.data, step.context.value.data
             made = dev.ProgramOp(vocab, context, self.devices, self.align, Region(block))
             Rewriter.replace_op(step, made, [])
 
+    def _worker(self) -> _Partitioner:
+        return _Partitioner(self.devices, self.align, self.alone, self.shape, self.replicate)
+
+    def _check_replicated(self, linears: Mapping[str, bool]) -> None:
+        """`linears`: whether each matrix may be replicated."""
+        for name in self.replicate:
+            if not linears.get(name, False):
+                why = "can only be split" if name in linears else "is no matrix of this step"
+                known = ", ".join(name for name, free in linears.items() if free) or "none"
+                raise TypebarError(f"replicate names {name!r}, which {why}: what can be replicated is {known}")
+
 
 class _Partitioner:
     def __init__(
-        self, devices: int, align: int, alone: bool = False, shape: Callable[[str], tuple[int, ...]] | None = None
+        self,
+        devices: int,
+        align: int,
+        alone: bool = False,
+        shape: Callable[[str], tuple[int, ...]] | None = None,
+        replicate: Sequence[str] = (),
     ) -> None:
         self.devices = devices
+        self.replicate = frozenset(replicate)
+        self.linears: dict[str, bool] = {}
         self.align = align
         self.gathers = devices > 1 or alone
         self.shape = shape
@@ -134,6 +157,7 @@ class _Partitioner:
         if self.problems:
             return
         source = self.replicated(final.x)
+        self.linears[ir.text(final.weight)] = False
         segment = self.segment(final, 0, ir.width(final.out), self.align, self.align)
         self.add(dev.HeadOp(source.value, segment, source.k, source.unit, source.pad, steps), final)
 
@@ -260,8 +284,15 @@ class _Partitioner:
         self.block.add_op(made)
         return made.out
 
-    def segment(self, op: ir.LinearOp, start: int, size: int, unit: int, pad: int) -> dev.Segment:
-        return segment_of(self, Columns(op, start, size, size, size), unit, pad)
+    def whole_here(self, *linears: ir.LinearOp) -> bool:
+        """Whether every device holds all of some matrices, which may be."""
+        names = [ir.text(op.weight) for op in linears]
+        for name in names:
+            self.linears.setdefault(name, True)
+        return all(name in self.replicate for name in names)
+
+    def segment(self, op: ir.LinearOp, start: int, size: int, unit: int, pad: int, whole: bool = False) -> dev.Segment:
+        return segment_of(self, Columns(op, start, size, size, size), unit, pad, whole=whole)
 
     # Operations -----------------------------------------------------------------------------------------
     def on_embedding(self, op: ir.EmbeddingOp) -> None:
@@ -355,16 +386,19 @@ class _Partitioner:
 
     def on_linear(self, op: ir.LinearOp) -> None:
         size = ir.width(op.out)
-        segment = self.segment(op, 0, size, self.align, self.align)
+        whole = self.whole_here(op)
+        segment = self.segment(op, 0, size, self.align, self.align, whole)
         value = self.product(op.x, [segment], op)
-        self.shares[op.out] = _Share(value, size, 1, 1, True)
+        self.shares[op.out] = _Share(value, size, 1, 1, not whole)
 
     def on_slice(self, op: ir.SliceOp) -> None:
         """Of a product, a product of the columns; of anything else, a copy."""
         columns = columns_of(op.out)
         if columns is not None:
-            value = self.product(columns.linear.x, [segment_of(self, columns, self.align, self.align)], op)
-            self.shares[op.out] = _Share(value, columns.size, 1, 1, True)
+            whole = self.whole_here(columns.linear)
+            segment = segment_of(self, columns, self.align, self.align, whole=whole)
+            value = self.product(columns.linear.x, [segment], op)
+            self.shares[op.out] = _Share(value, columns.size, 1, 1, not whole)
             return
         start, size, run = op.start.value.data, op.size.value.data, op.runs[0]
         if run != size or start % self.align:

@@ -112,17 +112,19 @@ class Heads:
         raise AssertionError("all heads on one device always fit")
 
 
-def segment_of(worker: Partitioner, columns: Columns, unit: int, pad: int, per_device: int | None = None) -> Segment:
-    """A segment of units in rank order; `per_device` is worked out where it is not given."""
+def segment_of(
+    worker: Partitioner, columns: Columns, unit: int, pad: int, per_device: int | None = None, whole: bool = False
+) -> Segment:
+    """A segment of units in rank order, `per_device` if given, or `whole` on every device."""
     if per_device is None:
         units = -(-columns.size // unit)
-        per_device = -(-units // worker.devices)
+        per_device = units if whole else -(-units // worker.devices)
     linear, runs = columns.linear, columns.run < columns.size
     bias, scale = (None if name is None else ir.text(name) for name in (linear.bias, linear.scale))
     run, stride = (columns.run, columns.stride) if runs else (0, 0)
     return Segment(
         ir.text(linear.weight), linear.layout.data, bias, columns.start, columns.size, unit, pad, per_device,
-        run, stride, scale=scale,
+        run, stride, share=worker.devices if whole else 1, scale=scale,
     )  # fmt: skip
 
 
@@ -161,7 +163,16 @@ def self_attention(worker: Partitioner, op: ir.AttentionOp) -> None:
     if worker.problems:
         return
     heads, kv_heads, size = (a.value.data for a in (op.heads, op.kv_heads, op.head_dim))
-    split = Heads.of(heads, kv_heads, worker.devices)
+    linears = [part.columns.linear for part in parts]
+    whole = worker.whole_here(*linears)
+    if not whole and any(worker.whole_here(linear) for linear in linears):
+        worker.refuse(op, "only some of the matrices of q, k and v are replicated", "replicate all of them or none")
+    if whole and op.bias is not None:
+        worker.refuse(op, "it has score biases, which go by heads", "leave its matrices out of replicate")
+    if worker.problems:
+        return
+    split = Heads.of(heads, kv_heads, 1 if whole else worker.devices)
+    shares = (worker.devices,) * 3 if whole else (1, split.share, split.share)
     half, depth = 0, size
     if turned is not None:
         half = worker.rounded(turned.rotary_dim.value.data // 2)
@@ -169,9 +180,7 @@ def self_attention(worker: Partitioner, op: ir.AttentionOp) -> None:
     pad = worker.rounded(depth)
     segments = [
         replace(segment_of(worker, part.columns, size, pad, count), share=share)
-        for part, count, share in zip(
-            parts, (split.queries, split.keys, split.keys), (1, split.share, split.share), strict=True
-        )
+        for part, count, share in zip(parts, (split.queries, split.keys, split.keys), shares, strict=True)
     ]
     if turned is not None:
         layout = {"turned": turned.rotary_dim.value.data, "half": half}
@@ -180,7 +189,9 @@ def self_attention(worker: Partitioner, op: ir.AttentionOp) -> None:
     places = products(worker, [(part.columns, s) for part, s in zip(parts, segments, strict=True)], op)
     if turned is not None:
         places = _turn(worker, op, turned, split, (half, pad), places)
-    kv_words = sum(len(segment.columns(rank)[0]) for segment in segments[1:] for rank in range(worker.devices))
+    kv_words = sum(
+        len(segment.columns(rank)[0]) for segment in segments[1:] for rank in range(1 if whole else worker.devices)
+    )
     window = None if op.window is None else op.window.value.data
     scale, bias = op.scale.value.data * parts[0].factor * parts[1].factor, _score_bias(worker, op, split)
     made: dev.AttentionOp | AttendOp
@@ -202,10 +213,10 @@ def self_attention(worker: Partitioner, op: ir.AttentionOp) -> None:
             window,
             bias,
         )
-    worker.keep(made, op, (heads * size, size, pad, True))
+    worker.keep(made, op, (heads * size, size, pad, not whole))
     if parts[2].factor != 1.0:
         scaled = dev.ScaleOp(made.out, parts[2].factor, ir.width(made.out))
-        worker.keep(scaled, op, (heads * size, size, pad, True))
+        worker.keep(scaled, op, (heads * size, size, pad, not whole))
 
 
 def _rotary(worker: Partitioner, op: ir.AttentionOp, parts: list[Part]) -> ir.RotaryOp | None:

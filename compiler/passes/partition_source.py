@@ -117,6 +117,7 @@ def _parts(worker: Partitioner, op: ir.CrossAttentionOp, values: Sequence[SSAVal
     """The operands as columns of products; none, and a problem noted, if one has no such form."""
     found = [part_of(value) for value in values]
     parts = [part for part in found if part is not None and part.rotary is None]
+    worker.linears.update((ir.text(part.columns.linear.weight), False) for part in parts)
     if len(parts) < len(found):
         worker.refuse(op, "q, k or v is not a linear operation's result, or a slice of one",
                       "only such cross-attention has a form on this machine yet")  # fmt: skip

@@ -1,0 +1,33 @@
+"""How the matrices of a step go to the devices, where it is not by columns or heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+EXACT, FASTEST = "exact", "fastest"
+SPLITS = (EXACT, FASTEST)
+"""Which splits a plan may use: only those that keep the order of every addition, so that the bits do not depend on the
+number of devices, or all."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The matrices that every device holds whole, by the names that a step has for their weights.
+
+    All others go by columns (attention's by heads), with an all-gather where a result is needed whole.
+    """
+
+    replicate: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        return {"replicate": list(self.replicate)}
+
+    def __str__(self) -> str:
+        """The plan in a few words."""
+        return "columns" + (f"; replicated: {', '.join(self.replicate)}" if self.replicate else "")
+
+
+COLUMNS = Plan()
+"""The plan with nothing but columns and heads."""
