@@ -5,11 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-EXACT, FASTEST = "exact", "fastest"
-SPLITS = (EXACT, FASTEST)
-"""Which splits a plan may use: only those that keep the order of every addition, so that the bits do not depend on the
-number of devices, or all."""
-
 
 @dataclass(frozen=True)
 class Plan:

@@ -11,7 +11,7 @@ import torch
 
 from typebar.compiler.frontend.assembly import FrontendModel
 from typebar.compiler.frontend.checkpoints import from_directory
-from typebar.compiler.frontend.empty import empty_model, quiet
+from typebar.compiler.frontend.empty import computed_buffers, empty_model, quiet
 from typebar.compiler.frontend.facts import check_given, facts_of
 from typebar.compiler.frontend.gguf import from_gguf
 from typebar.compiler.frontend.onnx import find_onnx, import_onnx
@@ -21,7 +21,7 @@ from typebar.compiler.pipeline import lower
 from typebar.compiler.problems import first_line
 from typebar.isa.errors import TypebarError
 
-SHAPES: Mapping[str, tuple[int, int, int]] = {
+_GPT2_SHAPES: Mapping[str, tuple[int, int, int]] = {
     "gpt2": (768, 12, 12),
     "gpt2-medium": (1024, 16, 24),
     "gpt2-large": (1280, 20, 36),
@@ -30,7 +30,24 @@ SHAPES: Mapping[str, tuple[int, int, int]] = {
     "dfx-774m": (1280, 20, 36),
     "dfx-1.5b": (1536, 24, 48),
 }
-"""Shapes without weights: (width, heads, layers). All have GPT-2's vocabulary of 50257 and 1024 positions."""
+"""(width, heads, layers). All have GPT-2's vocabulary of 50257 and 1024 positions."""
+_LLAMA_SHAPES: Mapping[str, Mapping[str, int]] = {
+    "tinyllama-1.1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 22,
+        "vocab_size": 32000,
+        "max_position_embeddings": 2048,
+    },
+}
+"""Rotary positions, grouped queries and gated products; TinyLlama's configuration (Zhang et al. 2024)."""
+SHAPES: Mapping[str, tuple[int, int, int]] = {
+    **_GPT2_SHAPES,
+    **{name: (c["hidden_size"], c["num_attention_heads"], c["num_hidden_layers"]) for name, c in _LLAMA_SHAPES.items()},
+}
+"""Shapes without weights: (width, heads, layers)."""
 
 Source: TypeAlias = str | Path | torch.nn.Module | tuple[torch.nn.Module, torch.nn.Module]
 """A checkpoint directory, a GGUF or ONNX file or the name of a shape; a module from token ids [1, T] to logits; an
@@ -122,10 +139,17 @@ def _in_float32(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _from_shape(name: str) -> FrontendModel:
-    from transformers import GPT2Config
+    from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
-    width, heads, layers = SHAPES[name]
-    config = GPT2Config(n_embd=width, n_head=heads, n_layer=layers)
+    config: PretrainedConfig
+    if name in _LLAMA_SHAPES:
+        config = LlamaConfig(**_LLAMA_SHAPES[name])  # type: ignore[arg-type]
+    else:
+        width, heads, layers = _GPT2_SHAPES[name]
+        config = GPT2Config(n_embd=width, n_head=heads, n_layer=layers)
     model = empty_model(config)
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    return import_functions(name, model, ShapeSource(shapes), facts_of(config))
+    made = import_functions(name, model, ShapeSource(shapes), facts_of(config))
+    for buffer, values in computed_buffers(model).items():
+        made.weights.define(buffer, values.shape, lambda values=values: values)  # type: ignore[misc]
+    return made
