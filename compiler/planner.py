@@ -107,10 +107,7 @@ def propose(
 def _pass(model: CostModel, phase: str) -> tuple[float, float]:
     """Cycles of a pass, and those of its rows from HBM alone."""
     position = min(POSITION, int(model.program.context.value.data) - 2)
-    if phase == DECODE:
-        cost = model.token(position)
-    else:
-        cost = model.prompt(2, position - 1) - model.prompt(1, position)
+    cost = model.token(position) if phase == DECODE else model.prompt(2, position - 1) - model.prompt(1, position)
     return cost.cycles, cost.hbm
 
 

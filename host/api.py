@@ -22,6 +22,7 @@ from typebar.host.chat import Messages, chat_prompt
 from typebar.host.engine import Engine
 from typebar.host.facts import image_facts
 from typebar.host.page import report
+from typebar.host.planning import MODEL, check_plan, plan_for
 from typebar.host.report import SimulationReport, simulate
 from typebar.host.sampling import Sampler, SamplingSettings, as_integer
 from typebar.host.select import Candidate, candidates
@@ -56,6 +57,7 @@ def compile(
     progress: Callable[[int, int], None] | None = None,
     config: Mapping[str, Any] | None = None,
     tokenizer_json: bytes | str | None = None,
+    plan: str = MODEL,
 ) -> CompiledImage:
     """Compile a model for a ring of devices and write the image; the file appears complete or not at all.
 
@@ -71,6 +73,9 @@ def compile(
         config: what the model does not say: context, source_context, eos_token_id (one, several, or -1 for none),
             decoder_start_token_id, name.
         tokenizer_json: contents of a tokenizer.json, for modules; a directory brings its own.
+        plan: which matrices every device holds whole, as copies without a gather: those that an analytical `model` of
+            a decoding pass chooses; those that the timing simulator prefers among the model's best (`simulate`); or
+            none (`columns`). It changes time and memory, and no bit.
 
     Raises:
         TypebarError: in one line, for anything that the caller can mend.
@@ -81,6 +86,7 @@ def compile(
     target = machine if isinstance(machine, Machine) else Machine.load(os.fspath(machine))
     fmt = driver.weights_format(weights)
     driver.check_devices(devices)
+    check_plan(plan)
     path = Path(out)
     given, config = model_source(model, config)
     if isinstance(given, Path):
@@ -92,7 +98,8 @@ def compile(
         source = replace(source, tokenizer_json=tokenizer_json)
     if source.tokenizer_json is not None:
         TextTokenizer(source.tokenizer_json)
-    return CompiledImage(path, driver.write(driver.build(source, target, devices, fmt), path, progress))
+    made = driver.build(source, target, devices, fmt, plan_for(source, target, devices, fmt, plan))
+    return CompiledImage(path, driver.write(made, path, progress))
 
 
 def model_source(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,6 +30,14 @@ class WeightFormat(StrEnum):
     FP16 = "fp16"
     BF16 = "bf16"
     INT8 = "int8"
+
+
+class PlanChoice(StrEnum):
+    """What chooses the matrices that every device holds whole."""
+
+    MODEL = "model"
+    SIMULATE = "simulate"
+    COLUMNS = "columns"
 
 
 class DeviceChoice(StrEnum):
@@ -72,6 +80,10 @@ FACT_OPTIONS = {
 _LENGTH_OPTIONS = {"prompt_tokens": "--prompt-tokens", "new_tokens": "--new-tokens", "settings": "--set"}
 Weights = Annotated[
     WeightFormat, typer.Option("--weights", help="Format of weights and caches; with int8, caches are fp16.")
+]
+PlanOption = Annotated[
+    PlanChoice,
+    typer.Option("--plan", help="Copies of small matrices on every device: by a cost model, by simulation, or none."),
 ]
 ContextOption = Annotated[
     int | None,
@@ -123,6 +135,7 @@ def compile_(
     source_context: SourceContextOption = None,
     eos: EndOption = None,
     decoder_start: DecoderStartOption = None,
+    plan: PlanOption = PlanChoice.MODEL,
     as_json: Json = False,
 ) -> None:
     """Compile a model to an image for a ring of devices."""
@@ -142,6 +155,7 @@ def compile_(
             weights=weights.value,
             progress=update,
             config=config or None,
+            plan=plan.value,
         )
     manifest, accounting = made.manifest, made.manifest.accounting
     with Image.open(output, verify=False) as image:
@@ -158,12 +172,13 @@ def compile_(
         "program_sha256": hashlib.sha256(program).hexdigest(),
         "weight_bytes": accounting["weight_bytes"],
         "packed_weight_bytes": accounting["packed_weight_bytes"],
+        "plan": accounting["plan"],
         "wall_s": time.perf_counter() - start,
     }
     if as_json:
         print_json(facts)
     else:
-        shown = {**facts, "wall_s": f"{facts['wall_s']:.1f}"}
+        shown = {**facts, "plan": plan_text(accounting["plan"]), "wall_s": f"{facts['wall_s']:.1f}"}
         print_facts("Compiled", [(key.replace("_", " "), _grouped(value)) for key, value in shown.items()])
 
 
@@ -286,6 +301,7 @@ def simulate(
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
     trace: Annotated[Path | None, typer.Option(help="Write a Perfetto trace here.")] = None,
     start: Annotated[int, typer.Option(help="Positions before the prompt, stored already.")] = 0,
+    plan: PlanOption = PlanChoice.MODEL,
     as_json: Json = False,
 ) -> None:
     """Count the cycles of a generation, without computing it."""
@@ -303,6 +319,7 @@ def simulate(
             new_tokens=new_tokens,
             trace=trace,
             start=start,
+            plan=plan.value,
         )
     if as_json:
         print_json(report.to_json())
@@ -329,6 +346,7 @@ def print_report(report: SimulationReport) -> None:
     rows: list[tuple[str, object]] = [
         ("machine", f"{data['machine']} x {data['devices']} at {data['clock_mhz']} MHz"),
         ("program", f"{data['program_bytes']:,} bytes, SHA-256 {data['program_sha256'][:16]}..."),
+        ("plan", plan_text(data["plan"])),
         ("prefill", f"{prefill['tokens']} tokens, {prefill['cycles']:,} cycles, {prefill['ms']:.3f} ms"),
         ("decode", f"{decode['tokens']} tokens, {decode['cycles']:,} cycles"),
     ]
@@ -349,6 +367,12 @@ def print_report(report: SimulationReport) -> None:
     total = sum(data["breakdown"].values())
     shares = [(cause, f"{count:,}", f"{count / total:.1%}") for cause, count in data["breakdown"].items() if count]
     print_table("Cycles of device 0's matrix unit by cause", ("cause", "cycles", "share"), shares, numbers=(1, 2))
+
+
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """A plan in a few words."""
+    names = plan.get("replicate") or ()
+    return f"whole on every device: {', '.join(names)}" if names else "columns and heads"
 
 
 def _grouped(value: object) -> str:

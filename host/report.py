@@ -17,6 +17,7 @@ Definitions, for a prompt of P tokens and N new ones on D devices, S positions b
 - host_ms: both directions' latency, and the prompt, descriptor and new tokens at the link's rate.
 - total_ms: all cycles at the clock, and host_ms.
 - device_cycles_per_s: D x total cycles over the seconds that the timing run itself took; wall_s is all of `simulate`.
+- plan: the matrices that every device holds whole; copies count as padding of the weights.
 - breakdown: cycles of device 0's matrix unit by cause; they sum to total_cycles, as every unit's do.
 
 With an encoder the prompt is the source text: P counts its tokens, and decoding starts from one token. Then
@@ -43,8 +44,10 @@ from numpy.typing import NDArray
 
 from typebar.compiler.emit.head import DESCRIPTOR_WORDS
 from typebar.compiler.memory import IoMap
+from typebar.compiler.plan import COLUMNS, Plan
 from typebar.host.facts import image_facts
 from typebar.host.generation import count_of
+from typebar.host.planning import MODEL, check_plan, plan_for
 from typebar.isa.errors import TypebarError
 from typebar.isa.image import Image
 from typebar.isa.image_manifest import check_machine
@@ -54,6 +57,7 @@ from typebar.isa.program import Program, encode, op
 from typebar.sim.timing import TimingResult, run_timing
 
 if TYPE_CHECKING:
+    from typebar.compiler.driver import Compiled
     from typebar.compiler.frontend import FrontendModel
 
 _WORD = 4
@@ -81,6 +85,7 @@ class SimulationReport:
     device_cycles_per_s: float
     wall_s: float
     encode: dict[str, Any]
+    plan: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data."""
@@ -101,6 +106,7 @@ class Subject:
     accounting: Mapping[str, int]
     source_context: int | None = None
     """Source positions at most, for a model with an encoder; `entry` is then where a source text is encoded."""
+    plan: Plan = COLUMNS
 
     def fed(self, prompt: int) -> int:
         """Tokens that decoding starts from."""
@@ -126,6 +132,7 @@ def simulate(
     new_tokens: int = 64,
     trace: str | os.PathLike[str] | None = None,
     start: int = 0,
+    plan: str = MODEL,
 ) -> SimulationReport:
     """Time a generation on a ring of devices, without computing it.
 
@@ -141,6 +148,7 @@ def simulate(
         trace: a file to write a Perfetto trace to.
         start: positions whose K and V are stored already, so that the prompt is at `start`; a token at a long context
             need not wait for all before it. With an encoder, a `start` other than 0 finds the source text encoded.
+        plan: how matrices go to the devices, as for `compile`; an image has its own.
 
     Raises:
         TypebarError: in one line, for anything that the caller can mend.
@@ -148,7 +156,7 @@ def simulate(
     began = time.perf_counter()
     if trace is not None:
         check_output(trace, "trace")
-    subject = subject_of(source, machine, devices, weights, _texts(settings))
+    subject = subject_of(source, machine, devices, weights, _texts(settings), plan)
     report, result = measure(subject, prompt_tokens, new_tokens, start, trace=trace is not None)
     if trace is not None:
         from typebar.sim.trace import write_perfetto
@@ -211,6 +219,7 @@ def subject_of(
     devices: int | None,
     weights: str | None,
     settings: Mapping[str, str],
+    plan: str = MODEL,
 ) -> Subject:
     """What the arguments of `simulate` name.
 
@@ -227,7 +236,7 @@ def subject_of(
     path = Path(source)
     if path.is_dir() or not path.exists():
         chosen = (target or Machine.load(_DEFAULT_MACHINE)).override(settings)
-        return _compiled(source, chosen, _DEFAULT_DEVICES if devices is None else devices, weights)
+        return _compiled(source, chosen, _DEFAULT_DEVICES if devices is None else devices, weights, plan)
     with Image.open(path, verify=False) as image:
         manifest = image.manifest
         chosen = (target or image.machine).override(settings)
@@ -251,15 +260,20 @@ def subject_of(
             facts.io,
             facts.accounting,
             None if facts.encoder is None else facts.encoder.context,
+            Plan.from_json(manifest.accounting.get("plan", COLUMNS.to_json())),
         )
 
 
-def _compiled(source: str | os.PathLike[str], machine: Machine, devices: int, weights: str | None) -> Subject:
+def _compiled(
+    source: str | os.PathLike[str], machine: Machine, devices: int, weights: str | None, plan: str
+) -> Subject:
     from typebar.compiler import driver
 
     fmt = driver.weights_format(_DEFAULT_WEIGHTS if weights is None else weights)
     driver.check_devices(devices)
-    return compiled_subject(model_of(source), machine, devices, fmt)
+    check_plan(plan)
+    model = model_of(source)
+    return subject_from(driver.build(model, machine, devices, fmt, plan_for(model, machine, devices, fmt, plan)))
 
 
 def model_of(source: str | os.PathLike[str]) -> FrontendModel:
@@ -286,11 +300,28 @@ def compiled_subject(model: FrontendModel, machine: Machine, devices: int, fmt: 
     """
     from typebar.compiler import driver
 
-    made = driver.build(model, machine, devices, fmt)
+    return subject_from(driver.build(model, machine, devices, fmt))
+
+
+def subject_from(made: Compiled) -> Subject:
+    """A compiled model as what is simulated."""
+    from typebar.compiler import driver
+
     context, memory = int(made.model.config["context"]), made.memory
     main = made.program.labels["main"]
     entry, source = made.program.labels.get("encode", main), driver.source_context(made.model)
-    return Subject(made.program, machine, devices, context, entry, main, memory.io, memory.accounting, source)
+    return Subject(
+        made.program,
+        made.machine,
+        made.devices,
+        context,
+        entry,
+        main,
+        memory.io,
+        memory.accounting,
+        source,
+        made.plan,
+    )
 
 
 @functools.lru_cache(maxsize=2)
@@ -366,6 +397,7 @@ def _report(
             "cycles": encoded,
             "ms": None if encoded is None else encoded * per_cycle,
         },
+        plan=subject.plan.to_json(),
     )
 
 
