@@ -137,7 +137,7 @@ class _Units:
 
     def begin(self, unit: str, ready: float) -> float:
         """When it starts, its operands being `ready`."""
-        start = max(self.issued(unit), ready, getattr(self, unit))
+        start: float = max(self.issued(unit), ready, getattr(self, unit))
         self.starts[unit].append(start)
         return start
 

@@ -17,7 +17,7 @@ from xdsl.dialects.builtin import ModuleOp
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
 from typebar.compiler.cost import CostModel, rows_of_product
-from typebar.compiler.driver import Compiled, allocated, build
+from typebar.compiler.driver import Compiled, allocated, as_stored, build
 from typebar.compiler.frontend import FrontendModel
 from typebar.compiler.memory import plan_memory, program_of
 from typebar.compiler.plan import COLUMNS, Plan
@@ -84,6 +84,7 @@ def propose(
     """
     if phase not in PHASES:
         raise TypebarError(f"there is no phase {phase!r}: choose {' or '.join(PHASES)}")
+    model, fmt = as_stored(model, fmt)
     module = allocated(model, machine, devices)
     plan_memory(module, machine, model.weights, fmt)
     cost = _pass(CostModel(module, machine, fmt), phase)

@@ -22,7 +22,7 @@ from typebar.host.chat import Messages, chat_prompt
 from typebar.host.engine import Engine
 from typebar.host.facts import image_facts
 from typebar.host.page import report
-from typebar.host.planning import MODEL, check_plan, plan_for
+from typebar.host.planning import COLUMNS, check_plan, plan_for
 from typebar.host.report import SimulationReport, simulate
 from typebar.host.sampling import Sampler, SamplingSettings, as_integer
 from typebar.host.select import Candidate, candidates
@@ -57,7 +57,7 @@ def compile(
     progress: Callable[[int, int], None] | None = None,
     config: Mapping[str, Any] | None = None,
     tokenizer_json: bytes | str | None = None,
-    plan: str = MODEL,
+    plan: str = COLUMNS,
 ) -> CompiledImage:
     """Compile a model for a ring of devices and write the image; the file appears complete or not at all.
 

@@ -135,7 +135,7 @@ def compile_(
     source_context: SourceContextOption = None,
     eos: EndOption = None,
     decoder_start: DecoderStartOption = None,
-    plan: PlanOption = PlanChoice.MODEL,
+    plan: PlanOption = PlanChoice.COLUMNS,
     as_json: Json = False,
 ) -> None:
     """Compile a model to an image for a ring of devices."""
@@ -301,7 +301,7 @@ def simulate(
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
     trace: Annotated[Path | None, typer.Option(help="Write a Perfetto trace here.")] = None,
     start: Annotated[int, typer.Option(help="Positions before the prompt, stored already.")] = 0,
-    plan: PlanOption = PlanChoice.MODEL,
+    plan: PlanOption = PlanChoice.COLUMNS,
     as_json: Json = False,
 ) -> None:
     """Count the cycles of a generation, without computing it."""

@@ -18,7 +18,7 @@ PLANS = (MODEL, SIMULATE, COLUMNS)
 """A plan by the analytical model; by the timing simulator, among the model's best; or columns and heads alone."""
 
 
-def plan_for(model: FrontendModel, machine: Machine, devices: int, fmt: Format, how: str = MODEL) -> Plan:
+def plan_for(model: FrontendModel, machine: Machine, devices: int, fmt: Format, how: str = COLUMNS) -> Plan:
     """The plan for a lowered model on a ring, chosen for decoding.
 
     Raises:

@@ -47,7 +47,7 @@ from typebar.compiler.memory import IoMap
 from typebar.compiler.plan import COLUMNS, Plan
 from typebar.host.facts import image_facts
 from typebar.host.generation import count_of
-from typebar.host.planning import MODEL, check_plan, plan_for
+from typebar.host.planning import check_plan, plan_for
 from typebar.isa.errors import TypebarError
 from typebar.isa.image import Image
 from typebar.isa.image_manifest import check_machine
@@ -132,7 +132,7 @@ def simulate(
     new_tokens: int = 64,
     trace: str | os.PathLike[str] | None = None,
     start: int = 0,
-    plan: str = MODEL,
+    plan: str = "columns",
 ) -> SimulationReport:
     """Time a generation on a ring of devices, without computing it.
 
@@ -219,7 +219,7 @@ def subject_of(
     devices: int | None,
     weights: str | None,
     settings: Mapping[str, str],
-    plan: str = MODEL,
+    plan: str = "columns",
 ) -> Subject:
     """What the arguments of `simulate` name.
 

@@ -76,7 +76,7 @@ def test_bytes_are_the_models_and_the_rest_is_padding(devices: int, prompt: int)
     made = driver.build(load_model(find("folio-draft").path), Machine.load("u280"), devices, Format.FP16)
     rows = made.memory.accounting["prompt_rows"]
     ends = [*range(rows, prompt, rows), prompt]
-    hbm = simulate("folio-draft", devices=devices, prompt_tokens=prompt, new_tokens=NEW).hbm
+    hbm = simulate("folio-draft", devices=devices, prompt_tokens=prompt, new_tokens=NEW, plan="columns").hbm
     assert hbm["weight_bytes"] == weights * (len(ends) + NEW - 1) - head * (len(ends) - 1)
     assert hbm["kv_bytes"] == kv * (sum(ends) + sum(range(prompt + 1, passes + 1)))
     assert hbm["kv_stored_bytes"] == kv * passes

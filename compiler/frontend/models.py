@@ -143,7 +143,7 @@ def _from_shape(name: str) -> FrontendModel:
 
     config: PretrainedConfig
     if name in _LLAMA_SHAPES:
-        config = LlamaConfig(**_LLAMA_SHAPES[name])  # type: ignore[arg-type]
+        config = LlamaConfig(**_LLAMA_SHAPES[name])
     else:
         width, heads, layers = _GPT2_SHAPES[name]
         config = GPT2Config(n_embd=width, n_head=heads, n_layer=layers)
