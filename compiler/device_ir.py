@@ -68,6 +68,7 @@ __all__ = [
     "ScaleOp",
     "ScoreBiasOp",
     "Segment",
+    "SumOp",
     "context",
 ]
 
@@ -219,7 +220,11 @@ def _product(segments: Sequence[Segment], k: int, row_unit: int, row_pad: int) -
 
 @irdl_op_definition
 class MatrixOp(_Product, Valued):
-    """One matrix instruction: product, then the scales of int8 weights, the bias and the activation if given."""
+    """One matrix instruction: product, then the scales of int8 weights, the bias and the activation if given.
+
+    With `by_rows`, x is this device's share of a split axis, k words of it, and the weights have the rows that meet it:
+    the product is one of as many addends as there are devices.
+    """
 
     name = "tbd.matrix"
     irdl_options = (AttrSizedOperandSegments(as_property=True), ParsePropInAttrDict())  # type: ignore[assignment]
@@ -227,6 +232,7 @@ class MatrixOp(_Product, Valued):
     scale = opt_operand_def(TensorType)
     bias = opt_operand_def(TensorType)
     activation = opt_prop_def(StringAttr)
+    by_rows = opt_prop_def(UnitAttr)
     traits = traits_def(Pure())
     assembly_format = f"`(` $x `:` type($x) {_optional('scale')} {_optional('bias')} `)` attr-dict `->` type($out)"
 
@@ -240,10 +246,12 @@ class MatrixOp(_Product, Valued):
         scale: SSAValue | None = None,
         bias: SSAValue | None = None,
         activation: str | None = None,
+        by_rows: bool = False,
     ) -> None:
         """Make the operation from plain values."""
         properties = _product(segments, k, row_unit, row_pad)
         properties["activation"] = None if activation is None else StringAttr(activation)
+        properties["by_rows"] = UnitAttr() if by_rows else None
         words = sum(item.words for item in segments)
         super().__init__(operands=[x, scale, bias], result_types=[vector(words)], properties=properties)  # type: ignore[arg-type]
 
@@ -291,6 +299,28 @@ class GatherOp(Valued):
     def __init__(self, x: SSAValue, devices: int) -> None:
         """Make the operation from plain values."""
         super().__init__(operands=[x], result_types=[vector(width(x) * devices)])
+
+
+@irdl_op_definition
+class SumOp(Valued):
+    """The sum of the parts of equal width that lie side by side in x, added in order from the first on."""
+
+    name = "tbd.sum"
+    x = operand_def(TensorType)
+
+    def __init__(self, x: SSAValue, parts: int) -> None:
+        """Make the operation from plain values."""
+        super().__init__(operands=[x], result_types=[vector(width(x) // parts)])
+
+    @property
+    def parts(self) -> int:
+        """How many are added."""
+        return width(self.x) // width(self.out)
+
+    def verify_(self) -> None:
+        """There are whole parts."""
+        if width(self.x) % width(self.out):
+            raise VerifyException(f"tbd.sum: {self.x.type} has no whole parts of {width(self.out)} words")
 
 
 @irdl_op_definition
@@ -422,6 +452,7 @@ TBD = Dialect(
         RotaryRowOp,
         ScaleOp,
         ScoreBiasOp,
+        SumOp,
         *SOURCE_OPS,
     ],
     [],

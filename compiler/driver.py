@@ -69,7 +69,7 @@ def back_passes(
 ) -> list[ModulePass]:
     """The passes from a re-rolled step to an allocated program, as `build` runs them; `shape` is a parameter's."""
     return [
-        PartitionPass(devices, machine.vector.align, machine.control.barriers, plan.replicate, shape),
+        PartitionPass(devices, machine.vector.align, machine.control.barriers, plan.replicate, plan.rows, shape),
         FusePass(hoist),
         PhasesPass(hoist),
         AllocatePass(

@@ -257,7 +257,8 @@ class _Planner:
         words = op.words
         element = 1 if op.int8 else self.element
         bytes_ = packed_bytes(k, words, self.machine, element)
-        rows = k if unit == pad else k // pad * unit
+        by_rows = isinstance(op, dev.MatrixOp) and op.by_rows is not None
+        rows = (k if unit == pad else k // pad * unit) * (self.devices if by_rows else 1)
         first = self.weights.shape(pieces[0].weight)
         source_rows = first[0] if pieces[0].layout == "in_out" else first[1]
         meta = {
@@ -271,6 +272,8 @@ class _Planner:
         }
         if op.int8:
             meta["format"] = "int8"
+        if by_rows:
+            meta["by_rows"] = True
         name = "+".join(dict.fromkeys(item.weight for item in pieces)).replace(".weight", "")
         self.add(op, name, Region.WEIGHTS, bytes_, meta)
         useful = source_rows * sum(item.size for item in pieces)

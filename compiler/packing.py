@@ -108,11 +108,11 @@ class Packer:
         meta, fmt = plan.meta, _format(plan.meta, self.format)
         element = FORMAT_BYTES[fmt]
         local = np.zeros((meta["k"], meta["words"]), np.dtype(f"u{element}"))
-        rows = _row_places(meta)
+        rows, places = _held_rows(meta, _rank(plan))
         for segment, words, columns in _held(meta, _rank(plan)):
             source = self._stored(segment.weight)
-            part = source[:, columns] if segment.layout == "in_out" else source[columns].T
-            local[_cells(rows, words)] = self._encoded(part, segment.weight, fmt).view(local.dtype)
+            part = source[rows][:, columns] if segment.layout == "in_out" else source[columns][:, rows].T
+            local[_cells(places, words)] = self._encoded(part, segment.weight, fmt).view(local.dtype)
         return pack(local, self.machine, element)
 
     def _column_values(self, plan: TensorPlan) -> NDArray[np.uint8]:
@@ -180,11 +180,16 @@ def _format(meta: Mapping[str, Any], weights: Format) -> Format:
     return Format[meta["format"].upper()] if "format" in meta else weights
 
 
-def _row_places(meta: Mapping[str, Any]) -> Index:
-    """The position in k of each source row."""
-    index = np.arange(meta["rows"])
+def _held_rows(meta: Mapping[str, Any], rank: int) -> tuple[Index, Index]:
+    """The source rows that a matrix has on a device, all unless it goes by rows, and the position in k of each."""
+    rows = np.arange(meta["rows"])
     unit, pad = meta["row_unit"], meta["row_pad"]
-    return _run(index // unit * pad + index % unit)
+    places = rows // unit * pad + rows % unit
+    if meta.get("by_rows"):
+        places = places - rank * meta["k"]
+        held = (places >= 0) & (places < meta["k"])
+        rows, places = rows[held], places[held]
+    return _run(rows), _run(places)
 
 
 def unpack_weights(image: Image) -> Lookup:
@@ -256,11 +261,12 @@ def _unpack_column_values(image: Image, record: Any, name: str, out: F32) -> Non
 def _unpack_matrix(image: Image, record: Any, name: str, out: F32, fmt: Format) -> None:
     meta, element = record.meta, FORMAT_BYTES[fmt]
     data = np.ascontiguousarray(image.tensor(record.name, record.device)[: record.bytes])
-    raw = unpack(data, meta["k"], meta["words"], image.machine, element)[_row_places(meta)]
+    rows, places = _held_rows(meta, record.device)
+    raw = unpack(data, meta["k"], meta["words"], image.machine, element)[places]
     local = decode(raw.view(np.int8) if fmt is Format.INT8 else raw, fmt)
     for segment, words, columns in _held(meta, record.device):
         if segment.weight == name:
             if segment.layout == "in_out":
-                out[:, columns] = local[:, words]
+                out[_cells(rows, columns)] = local[:, words]
             else:
-                out[columns] = local[:, words].T
+                out[_cells(columns, rows)] = local[:, words].T

@@ -133,7 +133,7 @@ def ranked(value: SSAValue, tokens: Tokens, buffer_words: int) -> bool:
     owner = value.owner
     if not isinstance(owner, dev.GatherOp) or shared(owner.x) or tokens.rows * ir.width(owner.x) > buffer_words:
         return False
-    return all(isinstance(use.operation, dev.AddOp | dev.MulOp) for use in value.uses)
+    return all(isinstance(use.operation, dev.AddOp | dev.MulOp | dev.SumOp) for use in value.uses)
 
 
 @dataclass(frozen=True)

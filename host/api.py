@@ -22,7 +22,7 @@ from typebar.host.chat import Messages, chat_prompt
 from typebar.host.engine import Engine
 from typebar.host.facts import image_facts
 from typebar.host.page import report
-from typebar.host.planning import COLUMNS, check_plan, plan_for
+from typebar.host.planning import Planning
 from typebar.host.report import SimulationReport, simulate
 from typebar.host.sampling import Sampler, SamplingSettings, as_integer
 from typebar.host.select import Candidate, candidates
@@ -57,7 +57,9 @@ def compile(
     progress: Callable[[int, int], None] | None = None,
     config: Mapping[str, Any] | None = None,
     tokenizer_json: bytes | str | None = None,
-    plan: str = COLUMNS,
+    plan: str | None = None,
+    split: str | None = None,
+    phase: str | None = None,
 ) -> CompiledImage:
     """Compile a model for a ring of devices and write the image; the file appears complete or not at all.
 
@@ -73,9 +75,12 @@ def compile(
         config: what the model does not say: context, source_context, eos_token_id (one, several, or -1 for none),
             decoder_start_token_id, name.
         tokenizer_json: contents of a tokenizer.json, for modules; a directory brings its own.
-        plan: which matrices every device holds whole, as copies without a gather: those that an analytical `model` of
-            a decoding pass chooses; those that the timing simulator prefers among the model's best (`simulate`); or
-            none (`columns`). It changes time and memory, and no bit.
+        plan: how matrices go to the devices: by `columns` and heads; as an analytical `model` finds fastest; or, of the
+            model's best plans, as the timing simulator does (`simulate`). Default: columns, or the model if `split` or
+            `phase` is given.
+        split: what plans may do: `exact` (default) keeps the order of all additions, so that no plan changes a bit, nor
+            does the number of devices; `fastest` may also split rows, whose partial sums are added in order of ranks.
+        phase: what plans are fast for: `decode` (default) or `prefill`. An image has one plan for both.
 
     Raises:
         TypebarError: in one line, for anything that the caller can mend.
@@ -86,7 +91,7 @@ def compile(
     target = machine if isinstance(machine, Machine) else Machine.load(os.fspath(machine))
     fmt = driver.weights_format(weights)
     driver.check_devices(devices)
-    check_plan(plan)
+    planning = Planning(plan, split, phase)
     path = Path(out)
     given, config = model_source(model, config)
     if isinstance(given, Path):
@@ -98,7 +103,7 @@ def compile(
         source = replace(source, tokenizer_json=tokenizer_json)
     if source.tokenizer_json is not None:
         TextTokenizer(source.tokenizer_json)
-    made = driver.build(source, target, devices, fmt, plan_for(source, target, devices, fmt, plan))
+    made = driver.build(source, target, devices, fmt, planning.plan(source, target, devices, fmt))
     return CompiledImage(path, driver.write(made, path, progress))
 
 

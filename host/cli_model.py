@@ -33,11 +33,25 @@ class WeightFormat(StrEnum):
 
 
 class PlanChoice(StrEnum):
-    """What chooses the matrices that every device holds whole."""
+    """What chooses how matrices go to the devices."""
 
     MODEL = "model"
     SIMULATE = "simulate"
     COLUMNS = "columns"
+
+
+class SplitChoice(StrEnum):
+    """What a plan may do: keep the order of all additions, or split rows too."""
+
+    EXACT = "exact"
+    FASTEST = "fastest"
+
+
+class PhaseChoice(StrEnum):
+    """What a plan is fast for."""
+
+    DECODE = "decode"
+    PREFILL = "prefill"
 
 
 class DeviceChoice(StrEnum):
@@ -82,8 +96,22 @@ Weights = Annotated[
     WeightFormat, typer.Option("--weights", help="Format of weights and caches; with int8, caches are fp16.")
 ]
 PlanOption = Annotated[
-    PlanChoice,
-    typer.Option("--plan", help="Copies of small matrices on every device: by a cost model, by simulation, or none."),
+    PlanChoice | None,
+    typer.Option(
+        "--plan",
+        help="How matrices go to the devices: as a cost model or the simulator finds fastest, or all by columns and"
+        " heads. Default: columns, or the model with --split or --phase.",
+    ),
+]
+SplitOption = Annotated[
+    SplitChoice | None,
+    typer.Option(
+        "--split",
+        help="What plans may do: exact (default) keeps all bits on any number of devices; fastest may split rows too.",
+    ),
+]
+PhaseOption = Annotated[
+    PhaseChoice | None, typer.Option("--phase", help="What a plan is to be fast for: decode (default) or prefill.")
 ]
 ContextOption = Annotated[
     int | None,
@@ -135,7 +163,9 @@ def compile_(
     source_context: SourceContextOption = None,
     eos: EndOption = None,
     decoder_start: DecoderStartOption = None,
-    plan: PlanOption = PlanChoice.COLUMNS,
+    plan: PlanOption = None,
+    split: SplitOption = None,
+    phase: PhaseOption = None,
     as_json: Json = False,
 ) -> None:
     """Compile a model to an image for a ring of devices."""
@@ -155,7 +185,7 @@ def compile_(
             weights=weights.value,
             progress=update,
             config=config or None,
-            plan=plan.value,
+            **_planning(plan, split, phase),
         )
     manifest, accounting = made.manifest, made.manifest.accounting
     with Image.open(output, verify=False) as image:
@@ -301,7 +331,9 @@ def simulate(
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
     trace: Annotated[Path | None, typer.Option(help="Write a Perfetto trace here.")] = None,
     start: Annotated[int, typer.Option(help="Positions before the prompt, stored already.")] = 0,
-    plan: PlanOption = PlanChoice.COLUMNS,
+    plan: PlanOption = None,
+    split: SplitOption = None,
+    phase: PhaseOption = None,
     as_json: Json = False,
 ) -> None:
     """Count the cycles of a generation, without computing it."""
@@ -319,7 +351,7 @@ def simulate(
             new_tokens=new_tokens,
             trace=trace,
             start=start,
-            plan=plan.value,
+            **_planning(plan, split, phase),
         )
     if as_json:
         print_json(report.to_json())
@@ -369,10 +401,17 @@ def print_report(report: SimulationReport) -> None:
     print_table("Cycles of device 0's matrix unit by cause", ("cause", "cycles", "share"), shares, numbers=(1, 2))
 
 
+def _planning(plan: PlanChoice | None, split: SplitChoice | None, phase: PhaseChoice | None) -> dict[str, str | None]:
+    """The planner's options as the Python interface takes them."""
+    given = {"plan": plan, "split": split, "phase": phase}
+    return {name: None if value is None else value.value for name, value in given.items()}
+
+
 def plan_text(plan: Mapping[str, Any]) -> str:
     """A plan in a few words."""
-    names = plan.get("replicate") or ()
-    return f"whole on every device: {', '.join(names)}" if names else "columns and heads"
+    from typebar.compiler.plan import Plan
+
+    return str(Plan.from_json(plan))
 
 
 def _grouped(value: object) -> str:

@@ -2,60 +2,83 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from typebar.compiler.plan import EXACT, FASTEST, SPLITS, Plan
 from typebar.isa.errors import TypebarError
 from typebar.isa.machine import Machine
 
 if TYPE_CHECKING:
     from typebar.compiler.driver import Compiled
     from typebar.compiler.frontend import FrontendModel
-    from typebar.compiler.plan import Plan
     from typebar.isa.instructions import Format
 
 MODEL, SIMULATE, COLUMNS = "model", "simulate", "columns"
 PLANS = (MODEL, SIMULATE, COLUMNS)
 """A plan by the analytical model; by the timing simulator, among the model's best; or columns and heads alone."""
+PHASES = ("decode", "prefill")
+"""What a plan is chosen for. An image has one: the devices' shards follow from it, and both phases read them."""
 
 
-def plan_for(model: FrontendModel, machine: Machine, devices: int, fmt: Format, how: str = COLUMNS) -> Plan:
-    """The plan for a lowered model on a ring, chosen for decoding.
+@dataclass(frozen=True)
+class Planning:
+    """What a caller asks of the planner: None leaves it to the rest.
 
-    Raises:
-        TypebarError: `how` is none of `PLANS`, or the model cannot be compiled for this ring.
+    `how` is one of `PLANS`: columns, unless a `split` or a `phase` is asked for; then the model. `split`: exact, the
+    default, or fastest. `phase`: decode, the default, or prefill.
     """
-    from typebar.compiler import plan, planner
 
-    check_plan(how)
-    if how == COLUMNS:
-        return plan.COLUMNS
-    return planner.choose(model, machine, devices, fmt, simulate=pass_cycles if how == SIMULATE else None)
+    how: str | None = None
+    split: str | None = None
+    phase: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse, before anything long is done, what there is not.
+
+        Raises:
+            TypebarError: an unknown way, split or phase, or one of these where columns leave no choice.
+        """
+        for name, value, known in (
+            ("plan", self.how, PLANS),
+            ("split", self.split, SPLITS),
+            ("phase", self.phase, PHASES),
+        ):
+            if value is not None and value not in known:
+                raise TypebarError(f"{name} cannot be {value!r}: choose {', '.join(known[:-1])} or {known[-1]}")
+        if self.how == COLUMNS and (self.split == FASTEST or self.phase is not None):
+            asked = f"split = {FASTEST!r}" if self.split == FASTEST else f"phase = {self.phase!r}"
+            raise TypebarError(f"plan = {COLUMNS!r} leaves {asked} no choice: ask for plan {MODEL!r} or {SIMULATE!r}")
+
+    def plan(self, model: FrontendModel, machine: Machine, devices: int, fmt: Format) -> Plan:
+        """The plan for a lowered model on a ring.
+
+        Raises:
+            TypebarError: the model cannot be compiled for this ring.
+        """
+        from typebar.compiler import plan, planner
+
+        if self.how == COLUMNS or self == Planning():
+            return plan.COLUMNS
+        simulate = pass_cycles if self.how == SIMULATE else None
+        return planner.choose(
+            model, machine, devices, fmt, self.phase or planner.DECODE, self.split or EXACT, simulate=simulate
+        )
 
 
-def check_plan(how: str) -> None:
-    """Refuse, before anything long is done, a way to choose plans that there is not.
+def pass_cycles(made: Compiled, phase: str = PHASES[0]) -> float:
+    """Cycles of a phase in the timing simulator, where the analytical model compares plans.
 
-    Raises:
-        TypebarError: `how` is none of `PLANS`.
-    """
-    if how not in PLANS:
-        raise TypebarError(f"plan cannot be {how!r}: choose {', '.join(PLANS[:-1])} or {PLANS[-1]}")
-
-
-def pass_cycles(made: Compiled, phase: str = "decode") -> float:
-    """Cycles of a pass in the timing simulator, at the position for which the analytical model compares plans.
-
-    A pass of `decode` generates a token; one of `prefill` takes in a token of the prompt.
+    For `decode` those of a token at `compiler.planner.POSITION`, for `prefill` those to the first token of a prompt.
 
     Raises:
         TypebarError: the program stops with a trap.
     """
-    from typebar.compiler.planner import DECODE, POSITION
+    from typebar.compiler.planner import DECODE, lengths
     from typebar.host.report import measure, subject_from
 
     subject = subject_from(made)
-    start = min(POSITION, subject.context - 2) - 1
+    position, prompt = lengths(subject.context)
     if phase == DECODE:
-        return float(measure(subject, 1, 2, start)[0].decode["cycles"])
-    longer, shorter = measure(subject, 2, 1, start - 1)[0], measure(subject, 1, 1, start)[0]
-    return float(longer.prefill["cycles"] - shorter.prefill["cycles"])
+        return float(measure(subject, 1, 2, position - 1)[0].decode["cycles"])
+    return float(measure(subject, prompt, 1)[0].prefill["cycles"])

@@ -17,7 +17,7 @@ Definitions, for a prompt of P tokens and N new ones on D devices, S positions b
 - host_ms: both directions' latency, and the prompt, descriptor and new tokens at the link's rate.
 - total_ms: all cycles at the clock, and host_ms.
 - device_cycles_per_s: D x total cycles over the seconds that the timing run itself took; wall_s is all of `simulate`.
-- plan: the matrices that every device holds whole; copies count as padding of the weights.
+- plan: the matrices that every device holds whole, and those that go by rows; copies count as padding of the weights.
 - breakdown: cycles of device 0's matrix unit by cause; they sum to total_cycles, as every unit's do.
 
 With an encoder the prompt is the source text: P counts its tokens, and decoding starts from one token. Then
@@ -47,7 +47,7 @@ from typebar.compiler.memory import IoMap
 from typebar.compiler.plan import COLUMNS, Plan
 from typebar.host.facts import image_facts
 from typebar.host.generation import count_of
-from typebar.host.planning import check_plan, plan_for
+from typebar.host.planning import Planning
 from typebar.isa.errors import TypebarError
 from typebar.isa.image import Image
 from typebar.isa.image_manifest import check_machine
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from typebar.compiler.frontend import FrontendModel
 
 _WORD = 4
+_UNPLANNED = Planning()
 _DEFAULT_MACHINE, _DEFAULT_DEVICES, _DEFAULT_WEIGHTS = "u280", 4, "fp16"
 
 
@@ -132,7 +133,9 @@ def simulate(
     new_tokens: int = 64,
     trace: str | os.PathLike[str] | None = None,
     start: int = 0,
-    plan: str = "columns",
+    plan: str | None = None,
+    split: str | None = None,
+    phase: str | None = None,
 ) -> SimulationReport:
     """Time a generation on a ring of devices, without computing it.
 
@@ -148,15 +151,16 @@ def simulate(
         trace: a file to write a Perfetto trace to.
         start: positions whose K and V are stored already, so that the prompt is at `start`; a token at a long context
             need not wait for all before it. With an encoder, a `start` other than 0 finds the source text encoded.
-        plan: how matrices go to the devices, as for `compile`; an image has its own.
+        plan, split, phase: how matrices go to the devices, as for `compile`; an image has its own plan.
 
     Raises:
         TypebarError: in one line, for anything that the caller can mend.
     """
     began = time.perf_counter()
+    planning = Planning(plan, split, phase)
     if trace is not None:
         check_output(trace, "trace")
-    subject = subject_of(source, machine, devices, weights, _texts(settings), plan)
+    subject = subject_of(source, machine, devices, weights, _texts(settings), planning)
     report, result = measure(subject, prompt_tokens, new_tokens, start, trace=trace is not None)
     if trace is not None:
         from typebar.sim.trace import write_perfetto
@@ -219,7 +223,7 @@ def subject_of(
     devices: int | None,
     weights: str | None,
     settings: Mapping[str, str],
-    plan: str = "columns",
+    planning: Planning = _UNPLANNED,
 ) -> Subject:
     """What the arguments of `simulate` name.
 
@@ -236,7 +240,9 @@ def subject_of(
     path = Path(source)
     if path.is_dir() or not path.exists():
         chosen = (target or Machine.load(_DEFAULT_MACHINE)).override(settings)
-        return _compiled(source, chosen, _DEFAULT_DEVICES if devices is None else devices, weights, plan)
+        return _compiled(source, chosen, _DEFAULT_DEVICES if devices is None else devices, weights, planning)
+    if planning != _UNPLANNED:
+        raise TypebarError("an image has its plan already: leave out plan, split and phase, or compile again with them")
     with Image.open(path, verify=False) as image:
         manifest = image.manifest
         chosen = (target or image.machine).override(settings)
@@ -265,15 +271,14 @@ def subject_of(
 
 
 def _compiled(
-    source: str | os.PathLike[str], machine: Machine, devices: int, weights: str | None, plan: str
+    source: str | os.PathLike[str], machine: Machine, devices: int, weights: str | None, planning: Planning
 ) -> Subject:
     from typebar.compiler import driver
 
     fmt = driver.weights_format(_DEFAULT_WEIGHTS if weights is None else weights)
     driver.check_devices(devices)
-    check_plan(plan)
     model = model_of(source)
-    return subject_from(driver.build(model, machine, devices, fmt, plan_for(model, machine, devices, fmt, plan)))
+    return subject_from(driver.build(model, machine, devices, fmt, planning.plan(model, machine, devices, fmt)))
 
 
 def model_of(source: str | os.PathLike[str]) -> FrontendModel:

@@ -1,32 +1,34 @@
-"""Plans: matrices that every device holds whole change time and memory, and no bit."""
+"""Plans: matrices that every device holds whole change no bit; rows change the order of additions, alike on all."""
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES, Family, random_model
 from numpy.typing import NDArray
+from test_families import CONTEXT, Reference, check_error, config_of
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import typebar
-from typebar.compiler.cost import CostModel, rows_of_product, steps
-from typebar.compiler.driver import Compiled, allocated, build, write
+from typebar.compiler import device_ir as dev
+from typebar.compiler import ir
+from typebar.compiler.driver import allocated, build, write
 from typebar.compiler.frontend import FrontendModel, load_model
+from typebar.compiler.memory import program_of
 from typebar.compiler.packing import unpack_weights
 from typebar.compiler.pipeline import run_passes
 from typebar.compiler.plan import COLUMNS, Plan
-from typebar.compiler.planner import PREFILL, SIMULATED, choose, propose
+from typebar.compiler.planner import matrices
 from typebar.compiler.problems import LoweringError
-from typebar.host.planning import pass_cycles
-from typebar.host.report import measure, subject_from
+from typebar.host.driver import DeviceEngine
+from typebar.host.simulator import SimulatedDevice
 from typebar.isa.errors import TypebarError
 from typebar.isa.image import Image
 from typebar.isa.instructions import Format, Region
 from typebar.isa.machine import Machine
-from typebar.isa.timing import timing_parameters
 
 FRONT = Path(__file__).parent / "compiler/front"
 ATTENTION, PROJECTION = "transformer.h.{}.attn.c_attn.weight", "transformer.h.{}.attn.c_proj.weight"
@@ -39,6 +41,8 @@ PLANS = {
     "attention": Plan((ATTENTION,)),
     "all": Plan((ATTENTION, PROJECTION, UP, DOWN)),
 }
+ROWS = Plan(rows=(PROJECTION, DOWN))
+TINY = Machine.load("tiny")
 TOKENS = [5, 9, 30, 3, 17]
 
 
@@ -93,11 +97,11 @@ def test_grouped_queries_and_gated_products_change_no_bit(replicated: tuple[str,
 
 def gathers(plan: Plan, devices: int = 2) -> int:
     made = build(load_model(gpt2()), Machine.load("tiny"), devices, Format.FP16, plan)
-    return sum(op.kind.name == "gather" for op in made.program.ops)
+    return sum(op.kind.name == "gather" for op in made.program.ops[made.program.labels["token"] :])
 
 
 def test_every_replicated_matrix_saves_its_gather() -> None:
-    """Four a layer, the layers being one loop, and that of the best of all devices."""
+    """Of a token four a layer, the layers being one loop, and that of the best of all devices."""
     assert gathers(COLUMNS) == 5
     assert [gathers(PLANS[name]) for name in ("projection", "both", "attention", "all")] == [4, 3, 4, 1]
 
@@ -117,7 +121,7 @@ def test_an_image_counts_and_holds_every_copy(tmp_path: Path) -> None:
         assert made.memory.accounting[name] == columns.memory.accounting[name]
     write(made, tmp_path / "image")
     with Image.open(tmp_path / "image") as image:
-        assert image.manifest.accounting["plan"] == {"replicate": [UP]}
+        assert image.manifest.accounting["plan"] == {"replicate": [UP], "rows": []}
         unpacked = unpack_weights(image)(UP.format(1))
     assert np.array_equal(unpacked, source.lookup(UP.format(1)).astype(np.float16))
 
@@ -155,143 +159,114 @@ def test_plans_for_other_matrices_are_refused(names: str, message: str) -> None:
         partitioned(f"replicate={names}")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (f'by_rows="{UP}"', rf"mlp.c_fc.weight', which can only be split by columns: .* is {PROJECTION[:15]}"),
+        ('by_rows="nothing"', "by_rows names 'nothing', which is no matrix of this step"),
+        (f'by_rows="{DOWN}" replicate="{UP}"', "mlp.c_proj.weight', which can only be split by columns"),
+        (f'by_rows="{DOWN}" replicate="{DOWN}"', "mlp.c_proj.weight', which can only be split by columns"),
+    ],
+)
+def test_rows_of_other_matrices_are_refused(options: str, message: str) -> None:
+    """Only a matrix whose input the devices share out has rows for each: not the first of an FFN, or after a copy."""
+    with pytest.raises(TypebarError, match=message):
+        partitioned(options)
+
+
 def test_q_without_k_and_v_is_refused() -> None:
     plan = Plan(("model.layers.{}.self_attn.q_proj.weight",))
     with pytest.raises(LoweringError, match="only some of the matrices of q, k and v are replicated"):
         build(load_model(llama()), Machine.load("tiny"), 2, Format.FP16, plan)
 
 
-# The analytical model and the planner ---------------------------------------------------------------------
-@functools.cache
-def shape(name: str) -> FrontendModel:
-    return load_model(name)
+# Rows -----------------------------------------------------------------------------------------------------
+def by_rows(source: FrontendModel, devices: int) -> Plan:
+    """Rows wherever they can be."""
+    found = [item for item in matrices(source, TINY, devices, Format.FP16) if item.shared_out]
+    return Plan(rows=tuple(name for item in found for name in item.names))
 
 
-WIDE = {"matrix.columns": "32", "matrix.fifo_port_bytes": "4096", "hbm.fifo_bytes": "16777216"}
+def test_rows_save_a_gather_each_and_add_partial_sums_in_order() -> None:
+    """The last of the sums' operands are the parts one after another; bias and residual follow."""
+    text = partitioned(f'by_rows="{PROJECTION}","{DOWN}"')
+    assert (partitioned("").count("tbd.gather"), text.count("tbd.gather"), text.count("tbd.sum")) == (4, 2, 2)
+    made = build(load_model(gpt2()), TINY, 3, Format.FP16, ROWS)
+    module = allocated(load_model(gpt2()), TINY, 3, ROWS)
+    totals = [op for op in program_of(module).walk() if isinstance(op, dev.SumOp)]
+    assert len(totals) == 2 and all(op.parts == 3 for op in totals)
+    for op in totals:
+        gathered, out, words = op.x.owner, op.address, ir.width(op.out)
+        assert isinstance(gathered, dev.GatherOp)
+        start = gathered.address
+        adds = [
+            tuple(item.get(name).immediate for name in ("dst", "a", "b"))  # type: ignore[union-attr]
+            for item in made.program.ops
+            if item.kind.name == "vadd" and item.get("b").register == 0  # type: ignore[union-attr]
+        ]
+        first = adds.index((out, start, start + words))
+        assert adds[first + 1] == (out, out, start + 2 * words)
 
 
-@pytest.mark.parametrize("settings", [{}, WIDE], ids=["u280", "u280 that catches up"])
-@pytest.mark.parametrize(("name", "devices"), [("gpt2", 1), ("gpt2", 2), ("gpt2", 8), ("tinyllama-1.1b", 3)])
-def test_the_model_is_within_a_tenth_of_the_simulator(name: str, devices: int, settings: dict[str, str]) -> None:
-    machine = Machine.load("u280").override(settings)
-    proposals = {item.plan: item for item in propose(shape(name), machine, devices, Format.FP16)}
-    made = build(shape(name), machine, devices, Format.FP16)
-    assert proposals[COLUMNS].cycles == pytest.approx(pass_cycles(made), rel=0.1)
-    prefill = propose(shape(name), machine, devices, Format.FP16, PREFILL)
-    assert min(prefill, key=lambda item: item.plan != COLUMNS).cycles == pytest.approx(
-        pass_cycles(made, PREFILL), rel=0.1
+@pytest.mark.parametrize("family", [FAMILIES[i] for i in (0, 5, 8)] + [f for f in FAMILIES if f.encoder][:1],
+                         ids=lambda family: family.name)  # fmt: skip
+def test_rows_are_as_near_as_columns(family: Family, tmp_path: Path) -> None:
+    """Logits keep the families' bound, and repeat bit for bit on as many devices, also after other ways to the text."""
+    model = random_model(family)
+    source = load_model(model, config_of(family))
+    text = np.random.default_rng(4).integers(3, 90, 11).tolist() if family.encoder else None
+    reference, start = Reference(model, text), [0] if family.encoder else [5, 9, 30, 3, 17, 40, 8]
+    tokens = start + reference.greedy(start, 12)
+    exact, explained = reference.exact_and_explained(tokens)
+    for devices in (2, 3):
+        plan = by_rows(source, devices)
+        assert len(plan.rows) >= 2 and len(tokens) <= CONTEXT
+        path = tmp_path / f"{devices}"
+        write(build(source, TINY, devices, Format.FP16, plan), path)
+        with typebar.load(path, device=["sim"]) as image:
+            found = image.logits(tokens, text)
+            assert np.array_equal(image.logits(tokens[:6], text), found[:6])
+        check_error(family.name, found, exact, explained)
+
+
+@pytest.mark.parametrize("fmt", [Format.FP16, Format.INT8], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("devices", [2, 3, 4])
+def test_rows_are_the_same_on_every_device(fmt: Format, devices: int, tmp_path: Path) -> None:
+    """What the logits come from: in blocks of a prompt and token by token, on heads padded one by one."""
+    source = load_model(gpt2())
+    named = [item for item in matrices(source, TINY, devices, fmt) if item.shared_out]
+    plan = Plan(rows=tuple(name for item in named for name in item.names))
+    made = build(source, TINY, devices, fmt, plan)
+    write(made, tmp_path / "image")
+    ring = SimulatedDevice(TINY, devices)
+    engine = DeviceEngine(Image.open(tmp_path / "image"), ring, "sim")
+    whole = engine.logits(TOKENS)
+    head = next(
+        op for op in program_of(allocated(made.model, TINY, devices, plan)).walk() if isinstance(op, dev.HeadOp)
     )
+    at, words = int(head.x.owner.address), int(head.k.value.data)  # type: ignore[union-attr]
+    shares = [ring.vector_registers(rank)[at : at + words].copy() for rank in range(devices)]
+    assert np.abs(shares[0]).max() > 0.1
+    assert all(np.array_equal(share, shares[0]) for share in shares)
+    engine.reset()
+    for token in TOKENS:
+        last = engine.logits([token])
+    assert np.array_equal(last, whole)
 
 
-def test_copies_are_chosen_where_they_are_faster() -> None:
-    """Where a hop takes 10 us, copies of a small matrix beat its gather; at 0.05 us on two devices they do not."""
-    slow = Machine.load("u280").override({**WIDE, "ring.hop_latency": "2000"})
-    plan = choose(shape("gpt2"), slow, 8, Format.FP16)
-    assert PROJECTION in plan.replicate
-    times = [pass_cycles(build(shape("gpt2"), slow, 8, Format.FP16, item)) for item in (plan, COLUMNS)]
-    assert times[0] < times[1]
-    fast = Machine.load("u280").override({**WIDE, "ring.hop_latency": "10"})
-    assert choose(shape("gpt2"), fast, 2, Format.FP16) == COLUMNS
+def test_rows_are_packed_once_and_unpacked_whole(tmp_path: Path) -> None:
+    """Each device has its own rows, and together the matrix; the model's bytes stay what they are."""
+    source = load_model(gpt2())
+    columns, made = (build(source, TINY, 3, Format.FP16, plan) for plan in (COLUMNS, ROWS))
+    for name in ("weight_bytes", "macs_per_token", "kv_bytes_per_position"):
+        assert made.memory.accounting[name] == columns.memory.accounting[name]
+    write(made, tmp_path / "image")
+    with Image.open(tmp_path / "image") as image:
+        assert image.manifest.accounting["plan"] == {"replicate": [], "rows": [PROJECTION, DOWN]}
+        for name in (PROJECTION.format(0), DOWN.format(1)):
+            assert np.array_equal(unpack_weights(image)(name), source.lookup(name).astype(np.float16))
 
 
-def test_no_plan_is_made_for_one_device_or_a_machine_with_barriers() -> None:
-    slow = Machine.load("u280").override({**WIDE, "ring.hop_latency": "2000"})
-    assert choose(shape("gpt2"), slow, 1, Format.FP16) == COLUMNS
-    assert choose(shape("gpt2"), slow.override({"control.barriers": "true"}), 8, Format.FP16) == COLUMNS
-
-
-def test_pruned_plans_are_no_better() -> None:
-    """What the bound leaves out never beats what it keeps, by the model that it bounds."""
-    machine = Machine.load("u280").override(WIDE)
-    kept = propose(shape("gpt2"), machine, 4, Format.FP16)
-    everything = propose(shape("gpt2"), machine, 4, Format.FP16, prune=False)
-    assert len(kept) < len(everything) == 16
-    assert everything[0] == kept[0]
-    assert all(item.cycles >= kept[0].cycles for item in everything)
-
-
-def test_the_simulator_has_the_last_word() -> None:
-    """It sees the model's best plans only, and the fewest cycles that it gives win."""
-    machine = Machine.load("u280").override({**WIDE, "ring.hop_latency": "2000"})
-    proposals = propose(shape("gpt2"), machine, 8, Format.FP16)
-    assert len(proposals) > SIMULATED
-    asked: list[Plan] = []
-
-    def third(made: Compiled) -> float:
-        asked.append(made.plan)
-        return 1.0 if made.plan == proposals[2].plan else 2.0
-
-    assert choose(shape("gpt2"), machine, 8, Format.FP16, simulate=third) == proposals[2].plan
-    assert asked == [item.plan for item in proposals[:SIMULATED]]
-
-
-def test_plans_that_do_not_fit_are_not_proposed() -> None:
-    machine = Machine.load("u280").override({**WIDE, "ring.hop_latency": "2000"})
-    memory = build(shape("gpt2"), machine, 8, Format.FP16).memory
-    needed = memory.addresses.totals[Region.WEIGHTS] + memory.kv_bytes
-    small = machine.override({"hbm.capacity_bytes": str(-(-needed // 4096) * 4096)})
-    assert [item.plan for item in propose(shape("gpt2"), small, 8, Format.FP16)] == [COLUMNS]
-
-
-def test_an_unknown_phase_is_refused() -> None:
-    with pytest.raises(TypebarError, match="there is no phase 'both': choose decode or prefill"):
-        propose(shape("gpt2"), Machine.load("u280"), 2, Format.FP16, "both")
-
-
-@pytest.mark.parametrize(("tokens", "vectors"), [(0, 1), (3, 2), (4, 0)])
-def test_prompts_are_whole_passes(tokens: int, vectors: int) -> None:
-    machine = Machine.load("u280")
-    model = CostModel(allocated(shape("gpt2"), machine, 2), machine, Format.FP16)
-    with pytest.raises(TypebarError, match="has no passes of"):
-        model.prompt(tokens, vectors=vectors)
-
-
-def test_terms_are_the_simulators_counts() -> None:
-    """Rows of HBM to the byte, and no pass faster than any of its terms; a prompt in blocks streams weights once."""
-    machine, made = Machine.load("u280"), build(shape("gpt2"), Machine.load("u280"), 2, Format.FP16)
-    model = CostModel(allocated(shape("gpt2"), machine, 2), machine, Format.FP16)
-    cost = model.token(64)
-    longer, shorter = (measure(subject_from(made), 1, new, 64)[1].counters[0] for new in (2, 1))
-    fetched = sum(
-        getattr(longer, name) - getattr(shorter, name) for name in ("weights_fetched_bytes", "kv_fetched_bytes")
-    )
-    period = machine.hbm.rows_per_write_slot + 1
-    assert cost.hbm * (period - 1) / period * machine.row_bytes == pytest.approx(fetched, rel=0.001)
-    assert cost.cycles > max(cost.hbm, cost.compute)
-    whole, single = model.prompt(16, vectors=16), model.prompt(16)
-    assert whole.hbm < single.hbm / 8
-    assert whole.cycles < single.cycles
-
-
-def test_a_single_product_takes_the_contracts_steps() -> None:
-    """Worked by hand on u280: 100 x 600 in fp16 is two chunks of 64 in column blocks of 512 / 16 = 32 steps each."""
-    p = timing_parameters(Machine.load("u280").override({"matrix.interleave": "32"}))
-    assert p.column_block == 512
-    load = 64 // 16
-    assert steps(p, 100, 600, 2, 1) == load + 2 * 32 + 2 * 6
-    assert rows_of_product(p, 100, 600, 2) == 2 * (512 * 128 // 2048) + 2 * -(-88 * 128 // 2048)
-    with_bias = steps(p, 100, 512, 2, 1, extra=1)
-    assert with_bias == load + 32 + max(32, load + 512 // 16)
-
-
-@pytest.mark.parametrize("plan", ["model", "simulate", "columns"])
-def test_images_say_how_they_were_planned(plan: str, tmp_path: Path) -> None:
-    slow = Machine.load("tiny").override({"ring.hop_latency": "2000"})
-    made = typebar.compile(gpt2(), tmp_path / "image", machine=slow, devices=2, plan=plan)
-    replicated = made.manifest.accounting["plan"]["replicate"]
-    assert replicated == [] if plan == "columns" else PROJECTION in replicated
-    assert typebar.simulate(made.path, prompt_tokens=2, new_tokens=2).plan == {"replicate": replicated}
-
-
-def test_other_ways_to_plan_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(TypebarError, match="plan cannot be 'best': choose model, simulate or columns"):
-        typebar.compile(gpt2(), tmp_path / "image", machine="tiny", devices=2, plan="best")
-    with pytest.raises(TypebarError, match="plan cannot be 'best'"):
-        typebar.simulate("gpt2", plan="best")
-
-
-@pytest.mark.parametrize("data", [None, [], {}, {"replicate": "a"}, {"replicate": [1]}, {"replicate": [], "rows": []}])
-def test_only_plans_are_read_as_plans(data: object) -> None:
-    assert Plan.from_json(Plan(("a", "b")).to_json()) == Plan(("a", "b"))
-    with pytest.raises(TypebarError, match="is no list of replicated matrices: compile again"):
-        Plan.from_json(data)
+def test_rows_are_columns_on_one_device(tmp_path: Path) -> None:
+    source = load_model(gpt2())
+    assert np.array_equal(logits(source, tmp_path / "a", 1, ROWS), logits(source, tmp_path / "b", 1, COLUMNS))

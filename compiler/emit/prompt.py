@@ -42,6 +42,7 @@ _EMITTERS: dict[type[Operation], Callable[[RowsEmission, Any], None]] = {
     dev.RotaryRowOp: rows.emit_rotary_row,
     dev.ScaleOp: rows.emit_scale,
     dev.ScoreBiasOp: rows.emit_score_bias,
+    dev.SumOp: rows.emit_sum,
 }
 _POSITIONAL = dev.AttentionOp | dev.LookupOp | dev.RotaryRowOp | dev.ScoreBiasOp
 """Operations that read POSITION or LENGTH: the first position of the group, and the one after its last."""

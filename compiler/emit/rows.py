@@ -314,6 +314,19 @@ def _pair_of_pieces(e: RowsEmission, op: dev.AddOp | dev.MulOp, name: str, piece
             start += n
 
 
+def emit_sum(e: RowsEmission, op: dev.SumOp) -> None:
+    """The second part to the first, then each further one to the sum: all rows at once where parts lie by device."""
+    words = ir.width(op.out)
+    if e.ranked(op.x):
+        n, apart, rows = e.times_rows(words), e.most * words, 1
+    else:
+        n, apart, rows = Operand(0, words), words, e.most
+    for row in range(rows):
+        x, y = e.row(op.x, row), e.row(op.out, row)
+        for part in range(1, op.parts):
+            e.build.add("vadd", dst=y, a=x if part == 1 else y, b=x + part * apart, n=n)
+
+
 def emit_scale(e: RowsEmission, op: dev.ScaleOp) -> None:
     """Multiplication by a constant."""
     _each(e, op, "vmul", immediate(op.value.value.data))

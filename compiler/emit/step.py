@@ -34,6 +34,7 @@ from typebar.compiler.emit.vectors import (
     emit_rotary_row,
     emit_scale,
     emit_score_bias,
+    emit_sum,
 )
 from typebar.compiler.memory import MemoryPlan, program_of, source_of
 from typebar.compiler.rows import Layout, Tokens, crossing, shared, split_tail, tokens_of
@@ -64,6 +65,7 @@ _EMITTERS: dict[type[Operation], Callable[[Emission, Any], None]] = {
     dev.RotaryRowOp: emit_rotary_row,
     dev.ScaleOp: emit_scale,
     dev.ScoreBiasOp: emit_score_bias,
+    dev.SumOp: emit_sum,
 }
 
 

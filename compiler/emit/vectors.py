@@ -164,6 +164,13 @@ def emit_gather(e: Emission, op: dev.GatherOp) -> None:
         e.build.add("fence")
 
 
+def emit_sum(e: Emission, op: dev.SumOp) -> None:
+    """The second part to the first, then each further one to the sum."""
+    x, y, n = e.address(op.x), op.address, ir.width(op.out)
+    for part in range(1, op.parts):
+        e.build.add("vadd", dst=y, a=x if part == 1 else y, b=x + part * n, n=n)
+
+
 def immediate(value: float) -> dict[str, int]:
     """A constant as a vector instruction's second operand."""
     return {"b_from": int(Source.IMMEDIATE), "imm": float_bits(value)}

@@ -65,7 +65,7 @@ def _rebuilt(
     matrix: dev.MatrixOp, bias: SSAValue | None, activation: str | None, user: dev.AddOp | dev.ActivationOp
 ) -> dev.MatrixOp:
     k, unit, pad = (int(a.value.data) for a in (matrix.k, matrix.row_unit, matrix.row_pad))
-    made = dev.MatrixOp(matrix.x, matrix.pieces, k, unit, pad, matrix.scale, bias, activation)
+    made = dev.MatrixOp(matrix.x, matrix.pieces, k, unit, pad, matrix.scale, bias, activation, bool(matrix.by_rows))
     made.attributes.update(matrix.attributes)
     made.out.name_hint = user.out.name_hint or matrix.out.name_hint
     block = matrix.parent_block()

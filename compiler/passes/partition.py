@@ -6,12 +6,16 @@ A `tbd.gather` stands where a shared-out value is needed whole. This is the spli
 attention, column-wise products, all-gather without arithmetic). On one device nothing needs one; with `alone` it is
 there all the same, for a machine that synchronises however many devices it has (`control.barriers`). A matrix named in
 `replicate` is whole on every device instead, and its result needs no gather; nor does attention if q, k and v are so.
+
+A matrix named in `by_rows` is the one exception: a device multiplies its own share of the input by the rows that meet
+it, partial sums are gathered, and added in the order of ranks. Every device has the same bits, but the order of
+additions depends on the number of devices.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from xdsl.context import Context
@@ -56,8 +60,9 @@ class PartitionPass(ModulePass):
     """Split a `tb.step` over `devices`.
 
     `align` is the register alignment in words; `alone`: gather on one device too; `replicate`: weights that every
-    device holds whole, by the names that the step has for them. `shape` gives the shapes of parameters; without it
-    score biases are taken to have a plane for each head.
+    device holds whole, and `by_rows`: those of which it holds the rows for its share of the input, by the names that
+    the step has for them. `shape` gives the shapes of parameters; without it score biases are taken to have a plane for
+    each head.
     """
 
     name = "partition"
@@ -65,6 +70,7 @@ class PartitionPass(ModulePass):
     align: int = 16
     alone: bool = False
     replicate: tuple[str, ...] = ()
+    by_rows: tuple[str, ...] = ()
     shape: Callable[[str], tuple[int, ...]] | None = None
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
@@ -72,7 +78,7 @@ class PartitionPass(ModulePass):
 
         Raises:
             LoweringError: naming every operation that this machine has no form for.
-            TypebarError: `replicate` names what is no matrix of the step, or one that goes by columns or heads only.
+            TypebarError: `replicate` or `by_rows` names what is no matrix of the step, or one that has no such form.
         """
         encoder = next((item for item in op.body.block.ops if isinstance(item, ir.EncoderOp)), None)
         for step in [item for item in op.body.block.ops if isinstance(item, ir.StepOp)]:
@@ -88,7 +94,7 @@ class PartitionPass(ModulePass):
             problems += worker.problems
             if problems:
                 raise LoweringError(problems)
-            self._check_replicated(worker.linears | (first.linears if encoder is not None else {}))
+            self._check_named([worker] if encoder is None else [worker, first])
             if encoder is not None:
                 Rewriter.replace_op(encoder, source, [])
             vocab, context = step.vocab.value.data, step.context.value.data
@@ -96,15 +102,22 @@ class PartitionPass(ModulePass):
             Rewriter.replace_op(step, made, [])
 
     def _worker(self) -> _Partitioner:
-        return _Partitioner(self.devices, self.align, self.alone, self.shape, self.replicate)
+        return _Partitioner(self.devices, self.align, self.alone, self.shape, self.replicate, self.by_rows)
 
-    def _check_replicated(self, linears: Mapping[str, bool]) -> None:
-        """`linears`: whether each matrix may be replicated."""
-        for name in self.replicate:
-            if not linears.get(name, False):
-                why = "can only be split" if name in linears else "is no matrix of this step"
-                known = ", ".join(name for name, free in linears.items() if free) or "none"
-                raise TypebarError(f"replicate names {name!r}, which {why}: what can be replicated is {known}")
+    def _check_named(self, workers: Sequence[_Partitioner]) -> None:
+        """All matrices that are to be whole or to go by rows are there and have such a form."""
+        linears = {name: free for worker in workers for name, free in worker.linears.items()}
+        whole = [name for name, free in linears.items() if free]
+        rows = [name for worker in workers for name in worker.shared_out]
+        for option, names, known in (("replicate", self.replicate, whole), ("by_rows", self.by_rows, rows)):
+            can, only = ("replicated", "split") if option == "replicate" else ("split by rows", "split by columns")
+            for name in names:
+                if name in known:
+                    continue
+                why = f"can only be {only}" if name in linears else "is no matrix of this step"
+                raise TypebarError(
+                    f"{option} names {name!r}, which {why}: what can be {can} is {', '.join(known) or 'none'}"
+                )
 
 
 class _Partitioner:
@@ -115,10 +128,12 @@ class _Partitioner:
         alone: bool = False,
         shape: Callable[[str], tuple[int, ...]] | None = None,
         replicate: Sequence[str] = (),
+        by_rows: Sequence[str] = (),
     ) -> None:
         self.devices = devices
-        self.replicate = frozenset(replicate)
+        self.replicate, self.by_rows = frozenset(replicate), frozenset(by_rows)
         self.linears: dict[str, bool] = {}
+        self.shared_out: dict[str, None] = {}
         self.align = align
         self.gathers = devices > 1 or alone
         self.shape = shape
@@ -375,18 +390,44 @@ class _Partitioner:
         matrix = dev.MatrixOp(source.value, segments, source.k, source.unit, source.pad, scale)
         value = self.add(matrix, op)
         assert value is not None
-        if any(item.bias is not None for item in segments):
-            bias = dev.BiasOp(segments)
-            self.block.add_op(bias)
-            bias.out.name_hint = f"{value.name_hint or 'linear'}_bias"
-            added = self.add(dev.AddOp(value, bias.out, ir.width(value)), op)
-            assert added is not None
-            return added
-        return value
+        return self.biased(value, segments, op) if any(item.bias is not None for item in segments) else value
+
+    def biased(self, value: SSAValue, segments: list[dev.Segment], op: Operation) -> SSAValue:
+        """A product plus its biases."""
+        bias = dev.BiasOp(segments)
+        self.block.add_op(bias)
+        bias.out.name_hint = f"{value.name_hint or 'linear'}_bias"
+        added = self.add(dev.AddOp(value, bias.out, ir.width(value)), op)
+        assert added is not None
+        return added
+
+    def rows_product(self, op: ir.LinearOp, source: _Share) -> SSAValue:
+        """This device's share of the input times the rows that meet it, and the sum of all devices' products."""
+        segment = self.segment(op, 0, ir.width(op.out), self.align, self.align, whole=True)
+        scale = None
+        if segment.scale is not None:
+            scales = dev.BiasOp([segment], scales=True)
+            self.block.add_op(scales)
+            scale = scales.out
+        k = ir.width(source.value)
+        matrix = dev.MatrixOp(source.value, [segment], k, source.unit, source.pad, scale, by_rows=True)
+        partial = self.add(matrix, op)
+        assert partial is not None
+        gather = dev.GatherOp(partial, self.devices)
+        self.block.add_op(gather)
+        gather.out.name_hint = f"{partial.name_hint or 'linear'}_parts"
+        value = self.add(dev.SumOp(gather.out, self.devices), op)
+        assert value is not None
+        return value if segment.bias is None else self.biased(value, [segment], op)
 
     def on_linear(self, op: ir.LinearOp) -> None:
         size = ir.width(op.out)
-        whole = self.whole_here(op)
+        whole, source = self.whole_here(op), self.share(op.x)
+        if source.split and not whole:
+            self.shared_out[ir.text(op.weight)] = None
+            if ir.text(op.weight) in self.by_rows and self.devices > 1:
+                self.shares[op.out] = _Share(self.rows_product(op, source), size, 1, 1, False)
+                return
         segment = self.segment(op, 0, size, self.align, self.align, whole)
         value = self.product(op.x, [segment], op)
         self.shares[op.out] = _Share(value, size, 1, 1, not whole)
