@@ -119,12 +119,11 @@ def test_copies_are_chosen_where_they_are_faster() -> None:
 
 
 def test_rows_are_chosen_only_where_they_are_allowed_and_faster() -> None:
-    plan = choose(shape("gpt2"), SLOW, 4, Format.FP16, split=FASTEST)
-    assert plan.rows == (PROJECTION, DOWN) and not plan.exact
-    exact = choose(shape("gpt2"), SLOW, 4, Format.FP16, split=EXACT)
-    assert exact.exact
-    times = [pass_cycles(build(shape("gpt2"), SLOW, 4, Format.FP16, item)) for item in (plan, exact)]
-    assert times[0] < times[1]
+    machine = U280.override({"ring.hop_latency": "400"})
+    plan, exact = (choose(shape("gpt2"), machine, 2, Format.FP16, split=split) for split in (FASTEST, EXACT))
+    assert plan.rows == (PROJECTION, DOWN) and not plan.exact and exact.exact
+    times = [pass_cycles(build(shape("gpt2"), machine, 2, Format.FP16, item)) for item in (plan, exact, COLUMNS)]
+    assert times == sorted(times) and len(set(times)) == 3
 
 
 def test_the_phase_asked_for_is_the_one_compared() -> None:
@@ -155,9 +154,9 @@ def test_pruned_plans_are_no_better() -> None:
 
 
 def test_all_splits_are_proposed_if_any_is_allowed() -> None:
-    """Four matrices, copied or not, two of them by rows; rows of the second of an FFN not behind a copied first."""
+    """Of each pair the first copied or not; the second copied, by rows unless the first is copied, or neither."""
     plans = {item.plan for item in propose(shape("gpt2"), U280, 4, Format.FP16, split=FASTEST, prune=False)}
-    assert len(plans) == 2 * 3 * 2 * 3 - 2 * 3 - 2 * 3 + 2
+    assert len(plans) == (3 + 2) * (3 + 2)
     assert all(not set(plan.rows) & set(plan.replicate) for plan in plans)
 
 
@@ -202,20 +201,20 @@ def test_an_unknown_phase_or_split_is_refused(given: dict[str, str], message: st
         ({"plan": "columns"}, ((), ())),
         ({"plan": "columns", "split": "exact"}, ((), ())),
         ({"plan": "model"}, ((PROJECTION,), ())),
+        ({"split": "exact"}, ((PROJECTION,), ())),
         ({"plan": "simulate"}, ((PROJECTION,), ())),
-        ({"split": "fastest"}, ((), (PROJECTION, DOWN))),
+        ({"split": "fastest"}, ((PROJECTION,), (DOWN,))),
         ({"plan": "simulate", "split": "fastest", "phase": "prefill"}, ((), (PROJECTION, DOWN))),
     ],
 )
 def test_images_say_how_they_were_planned(
     given: dict[str, str], expected: tuple[tuple[str, ...], tuple[str, ...]], tmp_path: Path
 ) -> None:
-    slow = Machine.load("tiny").override({"ring.hop_latency": "2000"})
+    slow = Machine.load("tiny").override({"ring.hop_latency": "200"})
     made = typebar.compile(gpt2(), tmp_path / "image", machine=slow, devices=2, **given)  # type: ignore[arg-type]
     plan = made.manifest.accounting["plan"]
-    assert set(expected[0]) <= set(plan["replicate"]) and tuple(plan["rows"]) == expected[1]
+    assert (tuple(plan["replicate"]), tuple(plan["rows"])) == expected
     assert typebar.simulate(made.path, prompt_tokens=2, new_tokens=2).plan == plan
-    assert (not given or given == {"plan": "columns"}) <= (plan == COLUMNS.to_json())
     with pytest.raises(TypebarError, match="an image has its plan already"):
         typebar.simulate(made.path, plan="model")
 
