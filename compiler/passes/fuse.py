@@ -1,6 +1,8 @@
 """fuse: a product's bias and activation move into the matrix unit's epilogue; loads move to the start of their block.
 
-Fusing never changes bits: each epilogue step equals the vector unit's operation. Hoisted loads overlap with the
+Fusing never changes bits: each epilogue step equals the vector unit's operation. Where a product goes by rows, the
+order of additions is free but for the parts': what is added to their sum and its bias, a residual, takes up the bias
+before the product, so that one addition less waits for the ring. Hoisted loads overlap with the
 products before their use, at the price of registers; `hoist=false` leaves each load where it is needed.
 """
 
@@ -32,6 +34,8 @@ class FusePass(ModulePass):
         for item in list(op.walk()):
             if isinstance(item, dev.MatrixOp):
                 _fuse_epilogue(item)
+            elif isinstance(item, dev.AddOp):
+                _add_bias_early(item)
         for item in list(op.walk()):
             if isinstance(item, dev.ProgramOp | ir.RepeatOp):
                 _place_loads(item.body.block, self.hoist)
@@ -52,6 +56,39 @@ def _fuse_epilogue(matrix: dev.MatrixOp) -> None:
             user = _only_user(matrix.out)
     if isinstance(user, dev.ActivationOp):
         _rebuilt(matrix, matrix.bias, user.kind.data, user)
+
+
+def _add_bias_early(residual: dev.AddOp) -> None:
+    """x + (sum + bias) becomes sum + (x + bias), with the latter before the product if x is there by then."""
+    for x, inner in ((residual.lhs, residual.rhs), (residual.rhs, residual.lhs)):
+        biased = inner.owner
+        if not isinstance(biased, dev.AddOp) or _only_user(inner) is not residual:
+            continue
+        total, bias = biased.lhs.owner, biased.rhs.owner
+        if not isinstance(total, dev.SumOp) or not isinstance(bias, dev.BiasOp):
+            continue
+        product = total.x.owner.x.owner if isinstance(total.x.owner, dev.GatherOp) else None
+        if not isinstance(product, dev.MatrixOp) or not _there_before(x, product):
+            continue
+        early = dev.AddOp(x, bias.out, residual.count)
+        late = dev.AddOp(total.out, early.out, residual.count)
+        late.attributes.update(residual.attributes)
+        late.out.name_hint = residual.out.name_hint
+        block = product.parent_block()
+        assert block is not None
+        block.insert_op_before(early, product)
+        _move_before(bias, early)
+        block.insert_op_before(late, residual)
+        residual.out.replace_all_uses_with(late.out)
+        Rewriter.erase_op(residual)
+        Rewriter.erase_op(biased)
+        return
+
+
+def _there_before(value: SSAValue, op: Operation) -> bool:
+    """Whether a value is there when an operation runs: from outside its block, or made earlier in it."""
+    owner = value.owner
+    return isinstance(owner, Block) or owner.parent_block() is not op.parent_block() or owner.is_before_in_block(op)
 
 
 def _move_before(op: Operation, place: Operation) -> None:
