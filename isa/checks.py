@@ -31,10 +31,14 @@ from typebar.isa.instructions import (
     FORMAT_BYTES,
     HBM_REGIONS,
     WRITABLE_REGIONS,
+    Factor,
     Format,
+    Operation,
     Patch,
+    Reduction,
     Region,
     Scale,
+    Source,
     Trap,
 )
 from typebar.isa.layout import packed_layout
@@ -70,13 +74,23 @@ class Checker:
     `Trap.NONE` if the instruction may run.
     """
 
-    __slots__ = ("_align_mask", "_buffer_words", "_fetched_end", "_region_bytes", "_row_lines", "_vectors", "_words")
+    __slots__ = (
+        "_align_mask",
+        "_buffer_words",
+        "_chains",
+        "_fetched_end",
+        "_region_bytes",
+        "_row_lines",
+        "_vectors",
+        "_words",
+    )
 
     def __init__(self, machine: Machine, region_bytes: Sequence[int]) -> None:
         """Take the limits; `region_bytes` has one length for each `Region`, 0 where none is bound."""
         self._region_bytes = tuple(region_bytes)
         self._words = machine.vector.words
         self._align_mask = machine.vector.align - 1
+        self._chains = machine.vector.chains
         self._vectors = machine.matrix.vectors
         self._buffer_words = machine.ring.buffer_words
         self._row_lines = machine.row_lines
@@ -155,6 +169,34 @@ class Checker:
         if not trap and dst % results:
             trap = Trap.MISALIGNED
         return trap or self._vector(a, n)
+
+    def chain(
+        self, b_from: int, scale_from: int, operation: int, write: int, reduce: int, operands: Sequence[int]
+    ) -> Trap:
+        """vchain; `operands` are the operand values in the order of the fields. First, ILLEGAL without vector.chains.
+
+        0 <= n <= vector.words; dst (n words, if it writes); a (n words); b as vadd's, if there is an operation; scale
+        (one word, none if n is 0), if it is from a word; result (one word anywhere), if it reduces. If it writes, in
+        place with a, and with b if that is a vector; the result may lie anywhere, for it is written last.
+        """
+        if not self._chains:
+            return Trap.ILLEGAL
+        dst, a, b, n, scale, result = operands
+        if not 0 <= n <= self._words:
+            return Trap.COUNT
+        from_vector = operation != Operation.NONE and b_from == Source.VECTOR
+        from_word = operation != Operation.NONE and b_from == Source.WORD
+        written = n if write else 0
+        trap = (
+            self._vector(dst, written)
+            or self._vector(a, n)
+            or self._vector(b, n if from_vector else min(n, 1) if from_word else 0)
+            or self._vector(scale, min(n, 1) if scale_from == Factor.WORD else 0)
+            or self.word(result, int(reduce != Reduction.NONE))
+        )
+        if trap or not write:
+            return trap
+        return self._in_place(dst, a, n) or (self._in_place(dst, b, n) if from_vector else Trap.NONE)
 
     # Memory --------------------------------------------------------------------------------------------
     def load(self, format: int, region: int, dst: int, line: int, byte: int, n: int) -> Trap:

@@ -122,6 +122,33 @@ class Activation(IntEnum):
     RELU = 9
 
 
+class Factor(IntEnum):
+    """Where the factor of a chain's first step comes from: none, a word of the register file, or an operand's value."""
+
+    NONE = 0
+    WORD = 1
+    VALUE = 2
+
+
+class Operation(IntEnum):
+    """A chain's step with a second operand."""
+
+    NONE = 0
+    ADD = 1
+    SUB = 2
+    MUL = 3
+    MAX = 4
+
+
+class Reduction(IntEnum):
+    """What a chain's results are reduced to: nothing, or what vsum, vsumsq and vrmax make of them."""
+
+    NONE = 0
+    SUM = 1
+    SUMSQ = 2
+    MAX = 3
+
+
 class Trap(IntEnum):
     """Error codes a device stops with; the control block holds the code and the instruction's address."""
 
@@ -298,6 +325,31 @@ def _reduce(name: str, opcode: int, function: str, summary: str) -> Instruction:
     )
 
 
+_CHAIN_FIELDS = (
+    _B_FROM,
+    _IMM,
+    _enum("scale_from", Factor, 2, "factor: none, the word V[scale], or the operand's value as a float32"),
+    _enum("operation", Operation, 3, "operation with the second operand"),
+    _enum("function", Activation, 4, "unary function"),
+    Field("write", Kind.FLAG, "write the elements"),
+    _enum("reduce", Reduction, 2, "reduce the elements to a word"),
+    _VDST,
+    _VA,
+    _VB,
+    _N,
+    _op("scale", "word address of the factor (scale_from = word), or its bits (scale_from = value)"),
+    _op("result", "word address of what the elements are reduced to"),
+)
+
+_CHAIN_SEMANTICS = """for i in 0 .. n-1:
+    y = V[b + i] (b_from = vector), V[b] (word), imm (immediate)
+    x = V[a + i]
+    x = mul(x, V[scale]) (scale_from = word), mul(x, float32 with bits scale) (value)
+    x = operation(x, y);  x = function(x)              (each step optional, each rounded to float32)
+    if write: V[dst + i] = x
+if reduce: V[result] = tree_sum, tree_sum of x*x, or maximum of all x, as vsum, vsumsq, vrmax
+(no step: bit for bit)"""
+
 _MATMUL_FIELDS = (
     _FORMAT,
     _REGION,
@@ -425,6 +477,15 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
         (_enum("function", Function, 4, "unary function"), _VDST, _VA, _N),
         "unary function",
         "for i in 0 .. n-1: V[dst + i] = function(V[a + i])",
+        _OVERLAP_TRAPS,
+    ),
+    Instruction(
+        "vchain",
+        0x39,
+        Unit.VECTOR,
+        _CHAIN_FIELDS,
+        "factor, operation, unary function and reduction in one pass",
+        _CHAIN_SEMANTICS,
         _OVERLAP_TRAPS,
     ),
     _reduce("vsum", 0x40, "tree_sum", "sum by the balanced tree; +0 if n = 0"),

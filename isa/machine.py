@@ -59,6 +59,12 @@ class Vector:
         "cycles from an element's last cycle of occupancy to its result's use, any elementwise instruction", 1, 256
     )
     add_latency: int = _param("cycles of one level of a reduction's tree", 1, 64)
+    chains: bool = field(
+        metadata={
+            "note": "the unit has vchain, and compiled programs use it; else it traps ILLEGAL",
+            "contract": True,
+        }
+    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,18 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-from typebar.isa.instructions import BY_NAME, Format, Patch, Region, Scale, Source, Unit
+from typebar.isa.instructions import (
+    BY_NAME,
+    Factor,
+    Format,
+    Operation,
+    Patch,
+    Reduction,
+    Region,
+    Scale,
+    Source,
+    Unit,
+)
 from typebar.isa.machine import LINE_BYTES, Machine
 
 FETCH_UNIT = len(Unit)
@@ -99,6 +110,7 @@ class TimingParameters(NamedTuple):
     vector_levels: int
     vector_latency: int
     add_latency: int
+    chains: int
     row_bytes: int
     row_lines: int
     fifo_rows: int
@@ -137,6 +149,7 @@ def timing_parameters(machine: Machine, stall_seed: int = 0) -> TimingParameters
         vector_levels=vector.lanes.bit_length() - 1,
         vector_latency=vector.latency,
         add_latency=vector.add_latency,
+        chains=int(vector.chains),
         row_bytes=machine.row_bytes,
         row_lines=machine.row_lines,
         fifo_rows=machine.fifo_rows,
@@ -167,7 +180,7 @@ def _operand(name: str, field: str) -> int:
 
 
 OP = {name: item.opcode for name, item in BY_NAME.items()}
-VMOV, VWRITE, VUNARY = OP["vmov"], OP["vwrite"], OP["vunary"]
+VMOV, VWRITE, VUNARY, VCHAIN = OP["vmov"], OP["vwrite"], OP["vunary"], OP["vchain"]
 VSUM, VSUMSQ, VRMAX, VARGMAX = OP["vsum"], OP["vsumsq"], OP["vrmax"], OP["vargmax"]
 LOAD, STORE, SLOAD, SSTORE = OP["load"], OP["store"], OP["sload"], OP["sstore"]
 MATMUL, GATHER = OP["matmul"], OP["gather"]
@@ -175,10 +188,15 @@ MATMUL, GATHER = OP["matmul"], OP["gather"]
 FROM_VECTOR, FROM_WORD = int(Source.VECTOR), int(Source.WORD)
 SCALE_WORD, SCALE_COLUMN = int(Scale.WORD), int(Scale.COLUMN)
 PATCH_COLUMN, PATCH_LANE = int(Patch.COLUMN), int(Patch.LANE)
+FACTOR_WORD, NO_OPERATION, NO_REDUCTION = int(Factor.WORD), int(Operation.NONE), int(Reduction.NONE)
 LAST_HBM_REGION = int(Region.KV)
 """Regions up to this number lie in HBM, the others in DDR."""
 FP32, INT8 = int(Format.FP32), int(Format.INT8)
 
+V_SCALE_FROM, V_OPERATION, V_WRITE, V_REDUCE = (
+    _modifier("vchain", f) for f in ("scale_from", "operation", "write", "reduce")
+)
+V_SCALE, V_RESULT = (_operand("vchain", f) for f in ("scale", "result"))
 X_FORMAT, X_REGION, X_FULL = (_modifier("matmul", f) for f in ("format", "region", "full"))
 X_ACCUMULATE, X_PATCH, X_SCALING = (_modifier("matmul", f) for f in ("accumulate", "patch", "scaling"))
 X_ADD_BIAS, X_ROW_MAX = (_modifier("matmul", f) for f in ("add_bias", "row_max"))
@@ -200,8 +218,12 @@ def element_bytes(format_number: int) -> int:
 
 
 # Accesses to the register file ----------------------------------------------------------------------------
-# Each function lists an instruction's operand ranges as rows (first word, words, 1 if written else 0) of `out` and
-# returns their number. `modifiers` and `values` are indexed as in `typebar.isa.program.tables`; values are final.
+# Each function lists an instruction's operand ranges as rows (first word, words, `READ`, `WRITTEN` or `LATE`) of `out`
+# and returns their number. `modifiers` and `values` are indexed as in `typebar.isa.program.tables`; values are final.
+READ, WRITTEN, LATE = range(3)
+"""A range is read; written; or written as a reduction's result, after those of older instructions of the unit."""
+
+
 def add_access(out: Any, count: int, first: int, words: int, written: int) -> int:
     """Append one range, unless it is empty."""
     if words > 0:
@@ -215,38 +237,45 @@ def add_access(out: Any, count: int, first: int, words: int, written: int) -> in
 def vector_accesses(opcode: int, modifiers: Any, values: Any, out: Any) -> int:
     """Words that a vector instruction reads and writes; it reads one word of `b` if `b_from` is word."""
     if opcode == VWRITE:
-        return add_access(out, 0, values[0], 1, 1)
+        return add_access(out, 0, values[0], 1, WRITTEN)
     if opcode >= VSUM:
-        count = add_access(out, 0, values[1], values[2], 0)
-        return add_access(out, count, values[0], 2 if opcode == VARGMAX else 1, 1)
+        count = add_access(out, 0, values[1], values[2], READ)
+        return add_access(out, count, values[0], 2 if opcode == VARGMAX else 1, LATE)
     if opcode == VUNARY:
-        count = add_access(out, 0, values[1], values[2], 0)
-        return add_access(out, count, values[0], values[2], 1)
+        count = add_access(out, 0, values[1], values[2], READ)
+        return add_access(out, count, values[0], values[2], WRITTEN)
     if opcode == VMOV:
         n, b, count = values[2], values[1], 0
     else:
         n, b = values[3], values[2]
-        count = add_access(out, 0, values[1], n, 0)
-    if modifiers[0] == FROM_VECTOR:
-        count = add_access(out, count, b, n, 0)
-    elif modifiers[0] == FROM_WORD:
-        count = add_access(out, count, b, min(n, 1), 0)
-    return add_access(out, count, values[0], n, 1)
+        count = add_access(out, 0, values[1], n, READ)
+    if opcode == VCHAIN and modifiers[V_SCALE_FROM] == FACTOR_WORD:
+        count = add_access(out, count, values[V_SCALE], min(n, 1), READ)
+    if opcode != VCHAIN or modifiers[V_OPERATION] != NO_OPERATION:
+        if modifiers[0] == FROM_VECTOR:
+            count = add_access(out, count, b, n, READ)
+        elif modifiers[0] == FROM_WORD:
+            count = add_access(out, count, b, min(n, 1), READ)
+    if opcode != VCHAIN or modifiers[V_WRITE]:
+        count = add_access(out, count, values[0], n, WRITTEN)
+    if opcode == VCHAIN and modifiers[V_REDUCE] != NO_REDUCTION:
+        count = add_access(out, count, values[V_RESULT], 1, LATE)
+    return count
 
 
 def memory_accesses(opcode: int, values: Any, out: Any) -> int:
     """Words that a memory instruction reads or writes; scalar loads and stores touch none."""
     if opcode == LOAD:
-        return add_access(out, 0, values[0], values[3], 1)
+        return add_access(out, 0, values[0], values[3], WRITTEN)
     if opcode == STORE:
-        return add_access(out, 0, values[0], values[S_OUTER] * values[S_INNER], 0)
+        return add_access(out, 0, values[0], values[S_OUTER] * values[S_INNER], READ)
     return 0
 
 
 def gather_accesses(values: Any, devices: int, out: Any) -> int:
     """Words that a gather reads and writes."""
-    count = add_access(out, 0, values[1], values[2], 0)
-    return add_access(out, count, values[0], values[2] * devices, 1)
+    count = add_access(out, 0, values[1], values[2], READ)
+    return add_access(out, count, values[0], values[2] * devices, WRITTEN)
 
 
 def covered_words(outer: int, stride_outer: int, inner: int, stride_inner: int, words: int) -> int:
@@ -262,23 +291,23 @@ def matmul_accesses(modifiers: Any, values: Any, out: Any) -> int:
     if outer <= 0 or inner <= 0:
         return 0
     words = covered_words(outer, values[X_SRC_OUTER], inner, values[X_SRC_INNER], k)
-    count = add_access(out, 0, values[X_SRC], words, 0)
+    count = add_access(out, 0, values[X_SRC], words, READ)
     if modifiers[X_SCALING] == SCALE_WORD:
-        count = add_access(out, count, values[X_SCALE], min(n, 1), 0)
+        count = add_access(out, count, values[X_SCALE], min(n, 1), READ)
     elif modifiers[X_SCALING] == SCALE_COLUMN:
-        count = add_access(out, count, values[X_SCALE], n, 0)
+        count = add_access(out, count, values[X_SCALE], n, READ)
     if modifiers[X_ADD_BIAS]:
-        count = add_access(out, count, values[X_BIAS], n, 0)
+        count = add_access(out, count, values[X_BIAS], n, READ)
     if modifiers[X_PATCH] == PATCH_COLUMN:
-        count = add_access(out, count, values[X_PATCH_SRC], k, 0)
+        count = add_access(out, count, values[X_PATCH_SRC], k, READ)
     elif modifiers[X_PATCH] == PATCH_LANE:
-        count = add_access(out, count, values[X_PATCH_SRC], n, 0)
+        count = add_access(out, count, values[X_PATCH_SRC], n, READ)
     words = covered_words(outer, values[X_DST_OUTER], inner, values[X_DST_INNER], n)
     if modifiers[X_ACCUMULATE]:
-        count = add_access(out, count, values[X_DST], words, 0)
-    count = add_access(out, count, values[X_DST], words, 1)
+        count = add_access(out, count, values[X_DST], words, READ)
+    count = add_access(out, count, values[X_DST], words, WRITTEN)
     if modifiers[X_ROW_MAX]:
-        count = add_access(out, count, values[X_MAXIMUM], outer * inner, 1)
+        count = add_access(out, count, values[X_MAXIMUM], outer * inner, WRITTEN)
     return count
 
 
@@ -290,32 +319,40 @@ def vector_count(opcode: int, values: Any) -> int:
     return int(values[2] if opcode >= VSUM or opcode in (VUNARY, VMOV) else values[3])
 
 
-def vector_occupancy(p: TimingParameters, n: int) -> int:
-    """Cycles that n elements occupy the vector unit: max(1, ceil(n / lanes))."""
+def vector_rows(p: TimingParameters, n: int) -> int:
+    """Rows of the register file that n elements take, one a cycle: max(1, ceil(n / lanes))."""
     return max(1, -(-n // p.vector_lanes))
 
 
-def vector_latency(p: TimingParameters, opcode: int, occupancy: int) -> int:
+def vector_occupancy(opcode: int, modifiers: Any, rows: int) -> int:
+    """Cycles that an instruction over `rows` rows occupies the vector unit: a word that is a factor takes one more."""
+    return rows + (1 if opcode == VCHAIN and modifiers[V_SCALE_FROM] == FACTOR_WORD else 0)
+
+
+def vector_reduces(opcode: int, modifiers: Any) -> bool:
+    """Whether a vector instruction has a reduction's result."""
+    return bool(opcode >= VSUM or (opcode == VCHAIN and modifiers[V_REDUCE] != NO_REDUCTION))
+
+
+def vector_latency(p: TimingParameters, reduces: bool, rows: int) -> int:
     """Cycles from the last cycle of occupancy to done.
 
-    A reduction adds log2(lanes) levels inside a beat and ceil(log2(beats)) levels over the beats.
+    A reduction adds log2(lanes) levels inside a row and ceil(log2(rows)) levels over the rows.
     """
-    if opcode < VSUM:
+    if not reduces:
         return p.vector_latency
     levels = p.vector_levels
-    while (occupancy - 1) >> (levels - p.vector_levels) > 0:
+    while (rows - 1) >> (levels - p.vector_levels) > 0:
         levels += 1
     return p.vector_latency + p.add_latency * levels
 
 
-def row_written(p: TimingParameters, opcode: int, values: Any, occupancy: int) -> int:
-    """The first row that a vector instruction writes, if others of the unit can read behind it row by row, else -1.
+def row_written(p: TimingParameters, values: Any, rows: int) -> int:
+    """The first row of the elements that a vector instruction writes, if others can read behind it row by row, else -1.
 
-    They can if it is elementwise and its first row's result is there when they can start: when its occupancy is over.
+    They can if its first row's result is there when they can start: when its occupancy is over.
     """
-    if opcode >= VSUM or occupancy <= p.vector_latency:
-        return -1
-    return int(values[0]) // p.vector_lanes
+    return -1 if rows <= p.vector_latency else int(values[0]) // p.vector_lanes
 
 
 # Memory unit ----------------------------------------------------------------------------------------------

@@ -8,12 +8,11 @@ how late the outside world may be is not the contract's to say, so two constants
 from __future__ import annotations
 
 from typebar.isa.timing import (
-    VSUMSQ,
     TimingParameters,
     last_hold,
     matmul_latency,
     vector_latency,
-    vector_occupancy,
+    vector_rows,
 )
 
 MEMORY_PATIENCE = 1 << 14
@@ -24,9 +23,9 @@ shards of one size, so only their launches lie apart; a program whose devices di
 
 
 def vector_silence(p: TimingParameters) -> int:
-    """Cycles of the longest vector instruction: a reduction of the whole register file."""
-    beats = vector_occupancy(p, p.words)
-    return beats + vector_latency(p, VSUMSQ, beats)
+    """Cycles of the longest vector instruction: a reduction of the whole register file, its factor from a word."""
+    rows = vector_rows(p, p.words)
+    return rows + 1 + vector_latency(p, True, rows)
 
 
 def matrix_silence(p: TimingParameters) -> int:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from typebar.isa import timing
 from typebar.isa.instructions import MAX_OPERANDS, SCALAR_REGISTERS, Region, Trap, Unit
-from typebar.isa.timing import COUNTERS, Cause, TimingParameters
+from typebar.isa.timing import COUNTERS, LATE, Cause, TimingParameters
 
 Ints = NDArray[np.int64]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -48,7 +48,9 @@ def _formula(function: Function) -> Function:
 
 vector_accesses = _formula(timing.vector_accesses)
 vector_count = _formula(timing.vector_count)
+vector_rows = _formula(timing.vector_rows)
 vector_occupancy = _formula(timing.vector_occupancy)
+vector_reduces = _formula(timing.vector_reduces)
 vector_latency = _formula(timing.vector_latency)
 row_written = _formula(timing.row_written)
 memory_accesses = _formula(timing.memory_accesses)
@@ -90,6 +92,7 @@ RUNNING, AT_RING, HALTED = 0, 1, 2
 """Status of a device."""
 T_BOUNDS, T_COUNT, T_END = int(Trap.REGISTER_BOUNDS), int(Trap.COUNT), int(Trap.PROGRAM_END)
 T_REGION, T_ACCESS = int(Trap.REGION_BOUNDS), int(Trap.REGION_ACCESS)
+T_ILLEGAL = int(Trap.ILLEGAL)
 T_RING, T_SOFTWARE = int(Trap.RING_MISMATCH), int(Trap.SOFTWARE)
 
 # Columns of `State.counters`, those of COUNTERS; what has one for each HBM region begins with WEIGHTS.
@@ -128,7 +131,7 @@ class State(NamedTuple):
     entered: Ints  # [D, U] place of the next entry in `queue`
     write_done: Ints  # [D, segments] completion of the segment's last writer
     write_unit: Ints  # [D, segments]
-    write_late: Ints  # [D, segments] 1 if it is a reduction
+    write_late: Ints  # [D, segments] 1 if that is a reduction's result
     write_row: Ints  # [D, segments] `row_written` by it, if it is of the vector unit
     read_done: Ints  # [D, U, segments] completion of the segment's last reader in each unit
     region_done: Ints  # [D, regions] completion of the last store to the region
@@ -221,17 +224,14 @@ def later(ready: int, cause: int, done: int, unit: int) -> tuple[int, int]:
 
 
 @compiled
-def operands_ready(s: State, p: TimingParameters, d: int, unit: int, count: int, late: int = 0) -> tuple[int, int]:
-    """First cycle in which the operand ranges are free of hazards, and the unit that decides it: the lowest of many.
-
-    `late`: 1 for a reduction, whose result comes after those of older instructions of its unit anyway.
-    """
+def operands_ready(s: State, p: TimingParameters, d: int, unit: int, count: int) -> tuple[int, int]:
+    """First cycle in which the operand ranges are free of hazards, and the unit that decides it: the lowest of many."""
     ready, cause = 0, unit
     for i in range(count):
         first, words, written = s.ranges[i, 0], s.ranges[i, 1], s.ranges[i, 2]
         for segment in range(first // p.segment_words, (first + words - 1) // p.segment_words + 1):
             if written:
-                ordered = s.write_unit[d, segment] == unit and s.write_late[d, segment] <= late
+                ordered = s.write_unit[d, segment] == unit and (written == LATE or s.write_late[d, segment] == 0)
             else:
                 ordered = unit == VECTOR and s.write_row[d, segment] == first // p.vector_lanes
             if not ordered:
@@ -256,12 +256,10 @@ def start_instruction(s: State, d: int, unit: int, t: int, ready: int, cause: in
 
 
 @compiled
-def finish_instruction(
-    s: State, p: TimingParameters, d: int, unit: int, count: int, done: int, late: int = 0, row: int = -1
-) -> int:
+def finish_instruction(s: State, p: TimingParameters, d: int, unit: int, count: int, done: int, row: int = -1) -> int:
     """Record completion, in order within the unit, and the operand ranges' new last reader or writer.
 
-    `late` and `row`: whether it is a reduction, and `row_written`.
+    `row` is `row_written`.
     """
     done = max(done, s.done[d, unit])
     s.done[d, unit] = done
@@ -271,8 +269,8 @@ def finish_instruction(
             if written:
                 s.write_done[d, segment] = done
                 s.write_unit[d, segment] = unit
-                s.write_late[d, segment] = late
-                s.write_row[d, segment] = row
+                s.write_late[d, segment] = 1 if written == LATE else 0
+                s.write_row[d, segment] = -1 if written == LATE else row
             else:
                 s.read_done[d, unit, segment] = done
     return done

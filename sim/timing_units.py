@@ -19,7 +19,7 @@ from typebar.isa.timing import (
     SLOAD,
     SSTORE,
     STORE,
-    VSUM,
+    VCHAIN,
     X_DST_INNER,
     X_DST_OUTER,
     X_FORMAT,
@@ -70,6 +70,7 @@ from typebar.sim.timing_state import (
     T_ACCESS,
     T_BOUNDS,
     T_COUNT,
+    T_ILLEGAL,
     T_REGION,
     VECTOR,
     Code,
@@ -106,6 +107,8 @@ from typebar.sim.timing_state import (
     vector_count,
     vector_latency,
     vector_occupancy,
+    vector_reduces,
+    vector_rows,
     write_slot,
 )  # fmt: skip
 
@@ -124,24 +127,26 @@ def _bad_counts(p: TimingParameters, outer: int, inner: int) -> bool:
 def issue_vector(s: State, p: TimingParameters, code: Code, d: int, pc: int, t: int) -> int:
     """Issue a vector instruction."""
     opcode = code.opcode[pc]
+    if opcode == VCHAIN and p.chains == 0:
+        return T_ILLEGAL
     n = vector_count(opcode, s.values)
     if n < 0 or n > p.words:
         return T_COUNT
     count = vector_accesses(opcode, code.modifiers[pc], s.values, s.ranges)
     if not in_bounds(s, p, count):
         return T_BOUNDS
-    late = 1 if opcode >= VSUM else 0
-    ready, unit = operands_ready(s, p, d, VECTOR, count, late)
-    occupancy = vector_occupancy(p, n)
-    latency = vector_latency(p, opcode, occupancy)
-    if late and latency < s.reduced[d, 1]:
+    ready, unit = operands_ready(s, p, d, VECTOR, count)
+    rows, reduces = vector_rows(p, n), vector_reduces(opcode, code.modifiers[pc])
+    occupancy = vector_occupancy(opcode, code.modifiers[pc], rows)
+    latency = vector_latency(p, reduces, rows)
+    if reduces and latency < s.reduced[d, 1]:
         ready, unit = later(ready, unit, s.reduced[d, 0], VECTOR)
     start = start_instruction(s, d, VECTOR, t, ready, C_UNIT + unit)
     s.free[d, VECTOR] = start + occupancy
     s.causes[d, VECTOR, C_COMPUTE] += occupancy
-    row = row_written(p, opcode, s.values, occupancy)
-    done = finish_instruction(s, p, d, VECTOR, count, start + occupancy + latency, late, row)
-    if late:
+    row = row_written(p, s.values, rows)
+    done = finish_instruction(s, p, d, VECTOR, count, start + occupancy + latency, row)
+    if reduces:
         s.reduced[d, 0], s.reduced[d, 1] = done, latency
     record_slice(s, d, VECTOR, start, start + occupancy, pc)
     return 0

@@ -16,7 +16,7 @@ from amaranth.lib import data
 
 from typebar.isa.instructions import Unit
 from typebar.isa.machine import Machine
-from typebar.isa.timing import VSUMSQ, matmul_latency, timing_parameters, vector_latency, vector_occupancy
+from typebar.isa.timing import matmul_latency, timing_parameters, vector_latency, vector_rows
 
 
 class Domain(IntEnum):
@@ -43,7 +43,7 @@ def most_outstanding(machine: Machine) -> int:
     each cycle of the longest latency bound them.
     """
     p = timing_parameters(machine)
-    longest = vector_latency(p, VSUMSQ, vector_occupancy(p, p.words))
+    longest = vector_latency(p, True, vector_rows(p, p.words))
     return p.queue_depth + 2 + max(longest, matmul_latency(p), p.hbm_latency, p.ddr_latency)
 
 
