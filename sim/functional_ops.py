@@ -11,7 +11,18 @@ from collections.abc import Callable
 
 import numpy as np
 
-from typebar.isa.instructions import FORMAT_BYTES, Format, Function, Kind, Source, Trap
+from typebar.isa.instructions import (
+    FORMAT_BYTES,
+    Activation,
+    Factor,
+    Format,
+    Function,
+    Kind,
+    Operation,
+    Reduction,
+    Source,
+    Trap,
+)
 from typebar.isa.machine import LINE_BYTES
 from typebar.isa.program import Op, Operand
 from typebar.sim import kernels
@@ -256,6 +267,56 @@ def _reduce(op: Op, index: int) -> Step:
     return step
 
 
+_OPERATION = {
+    Operation.ADD: kernels.add,
+    Operation.SUB: kernels.sub,
+    Operation.MUL: kernels.mul,
+    Operation.MAX: kernels.maximum,
+}
+_CHAIN_REDUCE = {
+    Reduction.SUM: kernels.tree_sum,
+    Reduction.SUMSQ: kernels.sum_squares,
+    Reduction.MAX: kernels.reduce_max,
+}
+
+
+def _chain(op: Op, index: int) -> Step:
+    pairs, following = operand_pairs(op), index + 1
+    flags = {name: modifier(op, name) for name in ("b_from", "scale_from", "operation", "write", "reduce")}
+    operation = _OPERATION.get(Operation(flags["operation"]))
+    reduction = _CHAIN_REDUCE.get(Reduction(flags["reduce"]))
+    activation = modifier(op, "function")
+    constant = np.array([modifier(op, "imm")], np.uint32).view(np.float32)
+
+    def elements(vector: kernels.F32Array, a: int, b: int, n: int, scale: int) -> kernels.F32Array:
+        x = vector[a : a + n]
+        if flags["scale_from"] == Factor.WORD:
+            x = kernels.mul(x, vector[scale : scale + 1])
+        elif flags["scale_from"] == Factor.VALUE:
+            x = kernels.mul(x, np.array([scale], np.int32).view(np.float32))
+        if operation is not None:
+            words = {Source.VECTOR: n, Source.WORD: 1}.get(Source(flags["b_from"]))
+            x = operation(x, constant if words is None else vector[b : b + words])
+        return x if activation == Activation.NONE else kernels.unary(Function(activation - 1), x)
+
+    def step(state: DeviceState) -> int:
+        values = [signed(state.registers[register] + immediate) for register, immediate in pairs]
+        trap = state.checker.chain(**flags, operands=values)
+        if trap:
+            raise state.stop(trap)
+        dst, a, b, n, scale, result = values
+        if n or reduction is not None:
+            x = elements(state.vector, a, b, n, scale) if n else state.vector[:0]
+            word = None if reduction is None else reduction(x)
+            if flags["write"]:
+                state.vector[dst : dst + n] = x
+            if word is not None:
+                state.vector[result] = word
+        return following
+
+    return step
+
+
 def _argmax(op: Op, index: int) -> Step:
     (rd, d0), (ra, a0), (rn, n0), (rb, b0) = operand_pairs(op)
     following = index + 1
@@ -425,6 +486,7 @@ BUILDERS: dict[str, Builder] = {
     "vwrite": _vwrite,
     "vunary": _unary,
     **dict.fromkeys(_REDUCE, _reduce),
+    "vchain": _chain,
     "vargmax": _argmax,
     "load": _load,
     "store": _store,

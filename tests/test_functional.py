@@ -175,6 +175,66 @@ def test_reduce(name: str, n: int, seed: int) -> None:
     bench.expect(1003, np.array([REDUCE[name](bench.before[64 : 64 + n])], np.float32))
 
 
+OPERATION = {"none": None, "add": golden.add, "sub": golden.sub, "mul": golden.mul, "max": golden.maximum}
+CHAIN_REDUCE = {"none": None, "sum": golden.tree_sum, "sumsq": golden.sum_squares, "max": golden.reduce_max}
+
+
+@given(
+    st.sampled_from(["none", "word", "value"]),
+    st.sampled_from(sorted(OPERATION)),
+    st.sampled_from(["vector", "word", "immediate"]),
+    st.sampled_from(list(Activation)),
+    st.integers(0, 1),
+    st.sampled_from(sorted(CHAIN_REDUCE)),
+    st.integers(0, 70),
+    SEEDS,
+)
+@settings(deadline=None, max_examples=300)
+def test_chain(
+    factor: str, operation: str, source: str, activation: Activation, write: int, reduce: str, n: int, seed: int
+) -> None:
+    bench = Bench(seed, plain=seed % 2 == 0)
+    x, immediate, value = bench.words(64, n), *(int(word) for word in bits(special(seed, 2)))
+    b = 203 if source == "word" else 200
+    text = f"vchain b_from={source} imm=0x{immediate:08x} scale_from={factor} operation={operation} write={write}"
+    text += f" function={activation.name.lower()} reduce={reduce} dst=1024 a=64 b={b} n={n} result=1500"
+    bench.run(
+        op("sli", rd=9, value=value - (value >> 31 << 32)),
+        *assemble(f"{text} scale={'r9' if factor == 'value' else 311}").ops,
+    )
+
+    def floats(*words: int) -> np.ndarray:
+        return np.array(words, np.uint32).view(np.float32)
+
+    if factor != "none":
+        x = golden.mul(x, bench.before[311:312] if factor == "word" else floats(value))
+    right = {"vector": bench.before[200 : 200 + n], "word": bench.before[203:204], "immediate": floats(immediate)}
+    if (apply := OPERATION[operation]) is not None:
+        x = apply(x, right[source])
+    if activation != Activation.NONE:
+        x = golden.unary(Function(activation - 1), x)
+    fold = CHAIN_REDUCE[reduce]
+    expected = bench.before[1024:1501].copy()
+    if write:
+        expected[:n] = x
+    if fold is not None:
+        expected[-1] = fold(x)
+    bench.expect(1024, expected)
+
+
+def test_a_chain_may_lie_in_place_and_its_result_anywhere() -> None:
+    bench = Bench(3)
+    old = bench.before
+    for a, b, result in ((64, 256, 70), (256, 64, 256), (64, 64, 2000)):
+        bench.restore()
+        bench.run(f"vchain operation=sub write=1 reduce=sum dst=64 a={a} b={b} n=40 result={result}")
+        x = golden.sub(old[a : a + 40], old[b : b + 40])
+        expected = old[64:2001].copy()
+        expected[:40] = x
+        expected[result - 64] = golden.tree_sum(x)
+        bench.expect(64, expected)
+
+
 @given(st.integers(0, 70), st.integers(-(2**19), 2**19 - 1), SEEDS)
 @settings(deadline=None, max_examples=80)
 def test_argmax(n: int, base: int, seed: int) -> None:

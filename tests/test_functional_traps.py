@@ -34,6 +34,11 @@ REGISTER_BOUNDS: list[tuple[str, dict[str, int]]] = [
     ("vmov", {"dst": WORDS, "n": 1, "b_from": 2}),
     ("vunary", {"a": WORDS - 8, "n": 16}),
     ("vunary", {"dst": -8, "n": 16}),
+    ("vchain", {"dst": WORDS - 8, "n": 9, "write": 1}),
+    ("vchain", {"a": WORDS - 8, "n": 9}),
+    ("vchain", {"b": WORDS, "n": 1, "operation": 1}),
+    ("vchain", {"scale": WORDS, "n": 1, "scale_from": 1}),
+    ("vchain", {"result": WORDS, "reduce": 1}),
     ("vsum", {"dst": WORDS}),
     ("vrmax", {"a": -8, "n": 8}),
     ("vargmax", {"dst": WORDS - 1, "n": 8}),
@@ -60,6 +65,8 @@ MISALIGNED: list[tuple[str, dict[str, int]]] = [
     ("vsub", {"b": 9, "n": 2}),
     ("vmov", {"b": 4, "n": 8}),
     ("vunary", {"dst": 2, "n": 8}),
+    ("vchain", {"dst": 2, "n": 8, "write": 1}),
+    ("vchain", {"b": 4, "n": 8, "operation": 4}),
     ("vsumsq", {"a": 2, "n": 8}),
     ("vargmax", {"a": 2, "n": 8}),
     ("vargmax", {"dst": 1003, "n": 8}),
@@ -86,8 +93,8 @@ MISALIGNED: list[tuple[str, dict[str, int]]] = [
     ("matmul", {**MATMUL, "patch_src": 4097, "patch": Patch.LANE}),
 ]
 COUNT: list[tuple[str, dict[str, int]]] = [
-    *[(name, {"n": -1}) for name in ("vadd", "vmov", "vunary", "vsum", "vargmax", "gather")],
-    *[(name, {"n": WORDS + 8}) for name in ("vadd", "vmov", "vunary", "vsum", "vargmax")],
+    *[(name, {"n": -1}) for name in ("vadd", "vmov", "vunary", "vchain", "vsum", "vargmax", "gather")],
+    *[(name, {"n": WORDS + 8}) for name in ("vadd", "vmov", "vunary", "vchain", "vsum", "vargmax")],
     ("gather", {"n": TINY.ring.buffer_words + 8}),
     ("load", {"region": Region.IO, "n": -1}),
     ("load", {"region": Region.IO, "n": WORDS + 1}),
@@ -148,6 +155,8 @@ OVERLAP: list[tuple[str, dict[str, int]]] = [
     ("vmax", {"dst": 8, "a": 0, "n": 16, "b_from": 2}),
     ("vmov", {"dst": 8, "b": 0, "n": 9}),
     ("vunary", {"dst": 0, "a": 8, "n": 16}),
+    ("vchain", {"dst": 0, "a": 8, "n": 16, "write": 1}),
+    ("vchain", {"dst": 0, "a": 64, "b": 8, "n": 16, "write": 1, "operation": 1}),
     ("gather", {"dst": 8, "a": 0, "n": 16}),
     ("gather", {"dst": 0, "a": 0, "n": 8}),
     ("matmul", {**MATMUL, "dst": 64}),
@@ -212,6 +221,12 @@ def test_operand_traps(trap: Trap, name: str, values: dict[str, int]) -> None:
         ("vadd", {"dst": 3, "a": -77, "b": 9, "n": 0}),
         ("vadd", {"b": -1, "b_from": 2, "n": 8}),
         ("vunary", {"n": WORDS}),
+        ("vchain", {"dst": -1, "b": -1, "scale": -1, "result": -1, "n": 8}),
+        ("vchain", {"dst": 0, "a": 8, "n": 16}),
+        ("vchain", {"dst": 0, "a": 64, "b": 8, "n": 16, "write": 1}),
+        ("vchain", {"dst": 0, "a": 64, "b": 8, "n": 16, "write": 1, "operation": 1, "b_from": 1}),
+        ("vchain", {"scale": -1, "scale_from": 1, "b": -1, "operation": 1, "b_from": 1}),
+        ("vchain", {"dst": 0, "a": 0, "n": 16, "write": 1, "result": 5, "reduce": 1, "scale": -1, "scale_from": 2}),
         ("vargmax", {"dst": WORDS - 2, "a": WORDS - 8, "n": 8}),
         ("vread", {"a": WORDS - 1}),
         ("gather", {"n": TINY.ring.buffer_words, "a": TINY.ring.buffer_words}),
@@ -551,6 +566,12 @@ def test_a_rule_loses_one_device() -> None:
     with pytest.raises(DeviceTrap) as caught:
         simulator.run()
     assert (caught.value.device, caught.value.pc) == (2, 1)
+
+
+def test_a_machine_without_chains_has_no_such_instruction() -> None:
+    checker = Checker(TINY.override({"vector.chains": "false"}), [0] * 5)
+    assert checker.chain(0, 0, 0, 0, 0, [0, 0, 0, -1, 0, 0]) is Trap.ILLEGAL
+    assert Checker(TINY, [0] * 5).chain(0, 0, 0, 0, 0, [0, 0, 0, -1, 0, 0]) is Trap.COUNT
 
 
 def test_machines_differ_in_limits() -> None:

@@ -67,6 +67,15 @@ MATRIX, VECTOR, MEMORY, RING, FETCH = 1, 2, 3, 4, 5
         ("vrmax dst=0 a=256 n=17", 29),  # and two over 3 beats: 1 + 3 + 4 + 5 * 4
         ("vargmax dst=0 a=256 n=64", 38),  # 1 + 8 + 4 + 6 * 4
         ("vsumsq dst=0 a=256 n=8", 19),
+        ("vchain operation=add function=exp write=1 dst=0 a=256 b=512 n=20", 9),
+        ("vchain scale_from=value write=1 dst=0 a=256 n=20", 9),
+        ("vchain scale_from=word scale=1000 write=1 dst=0 a=256 n=20", 10),  # the factor before three rows
+        ("vchain scale_from=word scale=1000 write=1 dst=0 a=256 n=0", 8),
+        ("vchain operation=sub write=1 reduce=max dst=0 a=256 n=17 result=3000", 29),
+        (
+            "vchain scale_from=word scale=1000 reduce=sum a=256 n=17 result=0",
+            30,
+        ),  # levels for three rows
         ("sload region=io rd=r3 line=0", 24),  # start 1, two cycles, latency 20; issue waits for 23
         ("fence", 2),
     ],
@@ -143,6 +152,11 @@ def test_hazards_within_a_unit(second: str, start: int) -> None:
         (40, "vmul dst=1024 a=8 b=768 n=8", 10),
         (40, "vmul dst=1024 a=0 b=8 n=8", 10),  # both operands count
         (40, "store format=fp32 region=io a=0 outer=1 inner=8 inner_bytes=4", 10),  # in another unit
+        (40, "vchain reduce=sum dst=1024 a=0 n=40 result=2000", 6),
+        (40, "vchain operation=add write=1 dst=1024 a=768 b=0 n=40", 6),
+        (40, "vchain operation=none write=1 dst=1024 a=768 b=8 n=40", 6),  # nothing reads b
+        (40, "vchain scale_from=word write=1 dst=1024 a=768 scale=7 n=40", 6),
+        (40, "vchain scale_from=word write=1 dst=1024 a=768 scale=8 n=40", 10),
         (32, "vmul dst=1024 a=0 b=768 n=32", 9),  # four rows
     ],
 )
@@ -150,6 +164,30 @@ def test_a_vector_instruction_follows_another_row_by_row(words: int, second: str
     result = run(f"vadd dst=0 a=256 b=512 n={words}\n{second}\nhalt")
     unit = MEMORY if second.startswith("store") else VECTOR
     assert slices(result, unit)[-1][0] == start
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "start"),
+    [
+        ("scale_from=value reduce=sum result=3000", "vmul dst=1024 a=0 b=768 n=40", 6),  # its elements like any others
+        ("scale_from=word scale=2000", "vmul dst=1024 a=0 b=768 n=40", 7),
+        ("scale_from=value reduce=sum result=128", "vmul dst=1024 a=0 b=768 n=40", 34),  # its result in their segment
+        ("scale_from=value reduce=sum result=3000", "vmul b_from=word dst=1024 a=256 b=3000 n=40", 34),
+        ("scale_from=value reduce=sum result=3000", "vadd dst=0 a=768 b=768 n=8", 6),  # write after write
+        ("scale_from=value reduce=sum result=3000", "vadd dst=3000 a=768 b=768 n=8", 34),
+        ("scale_from=value reduce=sum result=3000", "vchain reduce=max a=768 n=40 result=3000", 6),
+        ("scale_from=value reduce=sum result=3000", "vchain reduce=max a=768 n=8 result=3000", 34),  # fewer levels
+        ("scale_from=value reduce=sum result=3000", "vrmax dst=2999 a=768 n=8", 34),
+    ],
+)
+def test_what_follows_a_chain(first: str, second: str, start: int) -> None:
+    result = run(f"vchain write=1 dst=0 a=256 n=40 {first}\n{second}\nhalt")
+    assert slices(result, VECTOR)[1][0] == start
+
+
+def test_a_machine_without_chains_stops_at_one() -> None:
+    with pytest.raises(TypebarError, match="ILLEGAL"):
+        run("vchain write=1 dst=0 a=256 n=8\nhalt", vector__chains="false")
 
 
 @pytest.mark.parametrize(("second", "start"), [("vadd dst=128 a=768 b=768 n=8", 18), ("vsum dst=128 a=768 n=8", 2)])

@@ -137,9 +137,14 @@ class Device:
             add(reads, v["a"], v["outer"] * v["inner"])
         elif name == "vwrite":
             add(writes, v["dst"], 1)
-        elif name in ("vsum", "vsumsq", "vrmax", "vargmax"):
+        elif name in REDUCTIONS:
             add(reads, v["a"], v["n"])
             add(writes, v["dst"], 2 if name == "vargmax" else 1)
+        elif name == "vchain":
+            for part, words in self.chain_reads(i).items():
+                add(reads, v[part], words)
+            add(writes, v["dst"], v["n"] * self.flag(i, "write"))
+            add(writes, v["result"], min(1, self.flag(i, "reduce")))
         elif i.op.kind.unit.name == "VECTOR":
             add(writes, v["dst"], v["n"])
             if "a" in v:
@@ -148,11 +153,17 @@ class Device:
                 add(reads, v["b"], (v["n"], min(1, v["n"]), 0)[self.flag(i, "b_from")])
         return reads, writes
 
+    def chain_reads(self, i: Instruction) -> dict[str, int]:
+        """Words of each operand that a chain reads."""
+        n = i.values["n"]
+        second = (n, min(1, n), 0)[self.flag(i, "b_from")] if self.flag(i, "operation") else 0
+        return {"a": n, "b": second, "scale": min(1, n) * (self.flag(i, "scale_from") == 1)}
+
     def hazards(self, i: Instruction) -> None:
         reads, writes = self.accesses(i)
         for segment in reads | writes:
             last = next((older for older in reversed(self.every) if segment in older.writes), None)
-            written = segment in writes and not (last and self.in_order(last, i))
+            written = segment in writes and not (last and self.in_order(last, i, segment))
             if last and (written or (segment in reads and not self.follows(last, i, segment))):
                 i.waits.append(last)
         for older in self.every:
@@ -163,21 +174,40 @@ class Device:
             region = i.op.get("region")
             i.waits += [o for o in self.every if "store" in o.op.kind.name and o.op.get("region") == region]
 
-    @staticmethod
-    def in_order(older: Instruction, i: Instruction) -> bool:
-        """Whether the younger of two instructions' results is written later in any case."""
-        reductions = [item.op.kind.name in REDUCTIONS for item in (older, i)]
-        return older.op.kind.unit == i.op.kind.unit and reductions != [True, False]
+    def reduces(self, i: Instruction) -> bool:
+        name = i.op.kind.name
+        return name in REDUCTIONS or (name == "vchain" and self.flag(i, "reduce") != 0)
+
+    def late(self, i: Instruction, segment: int) -> bool:
+        """Whether what an instruction writes last in a segment is the result of a reduction."""
+        place = i.values.get("result" if i.op.kind.name == "vchain" else "dst", 0)
+        return self.reduces(i) and (i.op.kind.name != "vchain" or place // self.m.segment_words == segment)
+
+    def in_order(self, older: Instruction, i: Instruction, segment: int) -> bool:
+        """Whether the younger of two instructions' results in a segment is written later in any case.
+
+        A chain may write both elements and a result there; its elements are written first.
+        """
+        if older.op.kind.unit != i.op.kind.unit or not self.late(older, segment):
+            return older.op.kind.unit == i.op.kind.unit
+        elements = range(i.values["dst"], i.values["dst"] + i.values.get("n", 1))
+        if i.op.kind.name == "vchain" and not self.flag(i, "write"):
+            elements = range(0)
+        return self.late(i, segment) and (
+            i.op.kind.name in REDUCTIONS or all(word // self.m.segment_words != segment for word in elements)
+        )
 
     def follows(self, older: Instruction, i: Instruction, segment: int) -> bool:
         """Whether the unit has the older one's rows where, and as long as, the younger one reads them in turn."""
-        if {older.op.kind.unit.name, i.op.kind.unit.name} != {"VECTOR"} or older.op.kind.name in REDUCTIONS:
+        if {older.op.kind.unit.name, i.op.kind.unit.name} != {"VECTOR"} or self.late(older, segment):
             return False
-        if self.beats(older) <= self.m.vector.latency:
+        if self.rows(older) <= self.m.vector.latency:
             return False
         rows, lanes = set(), self.m.vector.lanes
         reads = {"a": i.values["n"]} if "a" in i.values else {}
-        if "b" in i.values and "n" in i.values:
+        if i.op.kind.name == "vchain":
+            reads = self.chain_reads(i)
+        elif "b" in i.values and "n" in i.values:
             reads["b"] = (i.values["n"], 1, 0)[self.flag(i, "b_from")]
         for name, words in reads.items():
             first = i.values[name]
@@ -265,7 +295,7 @@ class Device:
             if not queue or self.current[unit] or c < self.busy_until[unit] or c <= queue[0].issued:
                 continue
             i = queue[0]
-            reduction = self.last_reduction if i.op.kind.name in REDUCTIONS else None
+            reduction = self.last_reduction if self.reduces(i) else None
             if reduction and self.levels(reduction) <= self.levels(i):
                 reduction = None
             if not all(w.complete(c) for w in i.waits) or (reduction and not reduction.complete(c)):
@@ -275,7 +305,7 @@ class Device:
             queue.popleft()
             i.start = c
             self.charge_idle(i, unit, c, [*i.waits, reduction] if reduction else i.waits)
-            if i.op.kind.name in REDUCTIONS:
+            if self.reduces(i):
                 self.last_reduction = i
             getattr(self, f"start_{unit.lower()}")(i, c)
 
@@ -292,19 +322,19 @@ class Device:
     def stall(self, port: int, index: int) -> int:
         return stall(self.seed, self.rank, port, index)
 
-    def beats(self, i: Instruction) -> int:
+    def rows(self, i: Instruction) -> int:
         return max(1, ceil(i.values.get("n", 1), self.m.vector.lanes))
 
     def levels(self, i: Instruction) -> int:
         """Levels of the tree over a reduction's rows."""
-        return (self.beats(i) - 1).bit_length()
+        return (self.rows(i) - 1).bit_length()
 
     def start_vector(self, i: Instruction, c: int) -> None:
         v, name = self.m.vector, i.op.kind.name
-        beats = self.beats(i)
+        beats = self.rows(i) + (name == "vchain" and self.flag(i, "scale_from") == 1)
         tree = v.add_latency * (v.lanes.bit_length() - 1 + self.levels(i))
         self.occupy(i, c + beats)
-        self.finish(i, c + beats + v.latency + (tree if name in REDUCTIONS else 0))
+        self.finish(i, c + beats + v.latency + (tree if self.reduces(i) else 0))
 
     def occupy(self, i: Instruction, end: int) -> None:
         unit = i.op.kind.unit.name
@@ -621,7 +651,7 @@ def random_matmul(rng: random.Random) -> Op:
 def random_op(rng: random.Random) -> Op:
     address = rng.choice([Operand(0, 8 * rng.randrange(40)), Operand(5, 8 * rng.randrange(20))])
     n, other = rng.choice([0, 1, 8, 13, 40]), 8 * rng.randrange(40)
-    kind = rng.randrange(12)
+    kind = rng.randrange(13)
     if kind < 3:
         return random_matmul(rng)
     if kind == 3:
@@ -631,6 +661,21 @@ def random_op(rng: random.Random) -> Op:
         return op("vmov", dst=address, b=other, n=n, b_from=rng.randrange(3))
     if kind == 5:
         return op(rng.choice(["vsum", "vsumsq", "vrmax", "vargmax"]), dst=rng.randrange(300), a=address, n=n)
+    if kind == 12:
+        return op(
+            "vchain",
+            dst=address,
+            a=rng.choice([address, Operand(0, other)]),
+            b=rng.choice([other, rng.randrange(300)]),
+            n=n,
+            scale=rng.randrange(300),
+            result=rng.randrange(300),
+            b_from=rng.randrange(3),
+            scale_from=rng.randrange(3),
+            operation=rng.randrange(5),
+            write=int(rng.random() < 0.75),
+            reduce=rng.randrange(4),
+        )
     if kind == 6:
         return rng.choice([op("vunary", dst=address, a=other, n=n), op("vwrite", dst=rng.randrange(512), b=3)])
     if kind == 7:
