@@ -56,8 +56,10 @@ class Vector:
     lanes: int = _param("float32 lanes of the vector unit; words in a row of the register file", 2, 256, power=True)
     ultra_copies: int = _param("readers of the register file whose copy is UltraRAM, not block RAM", 0, 5)
     latency: int = _param(
-        "cycles from an element's last cycle of occupancy to its result's use, any elementwise instruction", 1, 256
+        "cycles from an element's last cycle of occupancy to its result's use, any instruction without function", 1, 256
     )
+    unary_latency: int = _param("cycles more of an instruction with a unary function", 0, 64)
+    reduce_latency: int = _param("cycles from an element's result into a reduction's tree", 0, 64)
     add_latency: int = _param("cycles of one level of a reduction's tree", 1, 64)
     chains: bool = field(
         metadata={

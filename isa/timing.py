@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from typebar.isa.instructions import (
     BY_NAME,
+    Activation,
     Factor,
     Format,
     Operation,
@@ -109,6 +110,8 @@ class TimingParameters(NamedTuple):
     vector_lanes: int
     vector_levels: int
     vector_latency: int
+    unary_latency: int
+    reduce_latency: int
     add_latency: int
     chains: int
     row_bytes: int
@@ -148,6 +151,8 @@ def timing_parameters(machine: Machine, stall_seed: int = 0) -> TimingParameters
         vector_lanes=vector.lanes,
         vector_levels=vector.lanes.bit_length() - 1,
         vector_latency=vector.latency,
+        unary_latency=vector.unary_latency,
+        reduce_latency=vector.reduce_latency,
         add_latency=vector.add_latency,
         chains=int(vector.chains),
         row_bytes=machine.row_bytes,
@@ -188,13 +193,14 @@ MATMUL, GATHER = OP["matmul"], OP["gather"]
 FROM_VECTOR, FROM_WORD = int(Source.VECTOR), int(Source.WORD)
 SCALE_WORD, SCALE_COLUMN = int(Scale.WORD), int(Scale.COLUMN)
 PATCH_COLUMN, PATCH_LANE = int(Patch.COLUMN), int(Patch.LANE)
-FACTOR_WORD, NO_OPERATION, NO_REDUCTION = int(Factor.WORD), int(Operation.NONE), int(Reduction.NONE)
+FACTOR_WORD, NO_OPERATION, NO_FUNCTION = int(Factor.WORD), int(Operation.NONE), int(Activation.NONE)
+NO_REDUCTION, SUM_OF_SQUARES = int(Reduction.NONE), int(Reduction.SUMSQ)
 LAST_HBM_REGION = int(Region.KV)
 """Regions up to this number lie in HBM, the others in DDR."""
 FP32, INT8 = int(Format.FP32), int(Format.INT8)
 
-V_SCALE_FROM, V_OPERATION, V_WRITE, V_REDUCE = (
-    _modifier("vchain", f) for f in ("scale_from", "operation", "write", "reduce")
+V_SCALE_FROM, V_OPERATION, V_FUNCTION, V_WRITE, V_REDUCE = (
+    _modifier("vchain", f) for f in ("scale_from", "operation", "function", "write", "reduce")
 )
 V_SCALE, V_RESULT = (_operand("vchain", f) for f in ("scale", "result"))
 X_FORMAT, X_REGION, X_FULL = (_modifier("matmul", f) for f in ("format", "region", "full"))
@@ -334,25 +340,49 @@ def vector_reduces(opcode: int, modifiers: Any) -> bool:
     return bool(opcode >= VSUM or (opcode == VCHAIN and modifiers[V_REDUCE] != NO_REDUCTION))
 
 
-def vector_latency(p: TimingParameters, reduces: bool, rows: int) -> int:
+def element_latency(p: TimingParameters, opcode: int, modifiers: Any) -> int:
+    """Cycles that an element takes to its result, the latency of an instruction that does not reduce."""
+    function = opcode == VUNARY or (opcode == VCHAIN and modifiers[V_FUNCTION] != NO_FUNCTION)
+    return p.vector_latency + (p.unary_latency if function else 0)
+
+
+def row_levels(rows: int) -> int:
+    """Levels of a reduction's tree over its rows: ceil(log2(rows))."""
+    levels = 0
+    while (rows - 1) >> levels > 0:
+        levels += 1
+    return levels
+
+
+def takes_squares(opcode: int, modifiers: Any) -> bool:
+    """Whether a reduction squares its elements' results first; vsumsq multiplies its elements with themselves."""
+    return bool(opcode == VCHAIN and modifiers[V_REDUCE] == SUM_OF_SQUARES)
+
+
+def vector_latency(p: TimingParameters, opcode: int, modifiers: Any, rows: int) -> int:
     """Cycles from the last cycle of occupancy to done.
 
-    A reduction adds log2(lanes) levels inside a row and ceil(log2(rows)) levels over the rows.
+    A reduction adds log2(lanes) levels inside a row and `row_levels` over the rows; squares take a level's time.
     """
-    if not reduces:
-        return p.vector_latency
-    levels = p.vector_levels
-    while (rows - 1) >> (levels - p.vector_levels) > 0:
-        levels += 1
-    return p.vector_latency + p.add_latency * levels
+    latency = element_latency(p, opcode, modifiers)
+    if not vector_reduces(opcode, modifiers):
+        return latency
+    levels = p.vector_levels + row_levels(rows) + (1 if takes_squares(opcode, modifiers) else 0)
+    return latency + p.reduce_latency + p.add_latency * levels
 
 
-def row_written(p: TimingParameters, values: Any, rows: int) -> int:
+def longest_latency(p: TimingParameters) -> int:
+    """The greatest `vector_latency`: of a chain with every step over the whole register file."""
+    levels = p.vector_levels + row_levels(vector_rows(p, p.words)) + 1
+    return p.vector_latency + p.unary_latency + p.reduce_latency + p.add_latency * levels
+
+
+def row_written(p: TimingParameters, opcode: int, modifiers: Any, values: Any, rows: int) -> int:
     """The first row of the elements that a vector instruction writes, if others can read behind it row by row, else -1.
 
     They can if its first row's result is there when they can start: when its occupancy is over.
     """
-    return -1 if rows <= p.vector_latency else int(values[0]) // p.vector_lanes
+    return -1 if rows <= element_latency(p, opcode, modifiers) else int(values[0]) // p.vector_lanes
 
 
 # Memory unit ----------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typebar.isa.timing import (
     TimingParameters,
     last_hold,
+    longest_latency,
     matmul_latency,
-    vector_latency,
     vector_rows,
 )
 
@@ -23,9 +23,8 @@ shards of one size, so only their launches lie apart; a program whose devices di
 
 
 def vector_silence(p: TimingParameters) -> int:
-    """Cycles of the longest vector instruction: a reduction of the whole register file, its factor from a word."""
-    rows = vector_rows(p, p.words)
-    return rows + 1 + vector_latency(p, True, rows)
+    """Cycles of the longest vector instruction: a chain with every step over the whole register file."""
+    return vector_rows(p, p.words) + 1 + longest_latency(p)
 
 
 def matrix_silence(p: TimingParameters) -> int:

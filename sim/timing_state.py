@@ -52,6 +52,9 @@ vector_rows = _formula(timing.vector_rows)
 vector_occupancy = _formula(timing.vector_occupancy)
 vector_reduces = _formula(timing.vector_reduces)
 vector_latency = _formula(timing.vector_latency)
+element_latency = _formula(timing.element_latency)
+row_levels = _formula(timing.row_levels)
+takes_squares = _formula(timing.takes_squares)
 row_written = _formula(timing.row_written)
 memory_accesses = _formula(timing.memory_accesses)
 blocks_touched = _formula(timing.blocks_touched)
@@ -135,7 +138,8 @@ class State(NamedTuple):
     write_row: Ints  # [D, segments] `row_written` by it, if it is of the vector unit
     read_done: Ints  # [D, U, segments] completion of the segment's last reader in each unit
     region_done: Ints  # [D, regions] completion of the last store to the region
-    reduced: Ints  # [D, 2] completion of the last reduction, and its latency
+    reduced: Ints  # [D, 3] of the last reduction: completion, levels over rows, whether it takes squares
+    left: Ints  # [D] the vector unit's last element result
     events: Ints  # [D, 4] so far: matrix rows requested, the last one's first usable cycle, lines loaded, gathers
     fifo: Ints  # [D, fifo_rows] cycle in which the row's place was freed
     fifo_place: Ints  # [D] place of the next row
@@ -183,7 +187,8 @@ def new_state(
         write_row=zeros(devices, segments) - 1,
         read_done=zeros(devices, UNITS, segments),
         region_done=zeros(devices, 16),
-        reduced=zeros(devices, 2),
+        reduced=zeros(devices, 3),
+        left=zeros(devices),
         events=zeros(devices, 4),
         fifo=zeros(devices, p.fifo_rows) - 1,
         fifo_place=zeros(devices),

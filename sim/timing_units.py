@@ -80,6 +80,7 @@ from typebar.sim.timing_state import (
     chunk_load,
     compiled,
     element_bytes,
+    element_latency,
     finish_instruction,
     fold,
     gather_accesses,
@@ -96,6 +97,7 @@ from typebar.sim.timing_state import (
     overlap_end,
     record_slice,
     remember,
+    row_levels,
     row_written,
     rows_consumed,
     rows_needed,
@@ -103,6 +105,7 @@ from typebar.sim.timing_state import (
     start_instruction,
     step_cycles,
     store_cycles,
+    takes_squares,
     vector_accesses,
     vector_count,
     vector_latency,
@@ -135,20 +138,23 @@ def issue_vector(s: State, p: TimingParameters, code: Code, d: int, pc: int, t: 
     count = vector_accesses(opcode, code.modifiers[pc], s.values, s.ranges)
     if not in_bounds(s, p, count):
         return T_BOUNDS
+    modifiers = code.modifiers[pc]
     ready, unit = operands_ready(s, p, d, VECTOR, count)
-    rows, reduces = vector_rows(p, n), vector_reduces(opcode, code.modifiers[pc])
-    occupancy = vector_occupancy(opcode, code.modifiers[pc], rows)
-    latency = vector_latency(p, reduces, rows)
-    if reduces and latency < s.reduced[d, 1]:
+    rows, reduces, squares = vector_rows(p, n), vector_reduces(opcode, modifiers), takes_squares(opcode, modifiers)
+    levels = row_levels(rows)
+    if reduces and (levels < s.reduced[d, 1] or (s.reduced[d, 2] and not squares)):
         ready, unit = later(ready, unit, s.reduced[d, 0], VECTOR)
+    latency = element_latency(p, opcode, modifiers)
+    ready, unit = later(ready, unit, s.left[d] - latency, VECTOR)
     start = start_instruction(s, d, VECTOR, t, ready, C_UNIT + unit)
-    s.free[d, VECTOR] = start + occupancy
-    s.causes[d, VECTOR, C_COMPUTE] += occupancy
-    row = row_written(p, s.values, rows)
-    done = finish_instruction(s, p, d, VECTOR, count, start + occupancy + latency, row)
+    end = start + vector_occupancy(opcode, modifiers, rows)
+    s.free[d, VECTOR], s.left[d] = end, end + latency
+    s.causes[d, VECTOR, C_COMPUTE] += end - start
+    row = row_written(p, opcode, modifiers, s.values, rows)
+    done = finish_instruction(s, p, d, VECTOR, count, end + vector_latency(p, opcode, modifiers, rows), row)
     if reduces:
-        s.reduced[d, 0], s.reduced[d, 1] = done, latency
-    record_slice(s, d, VECTOR, start, start + occupancy, pc)
+        s.reduced[d, 0], s.reduced[d, 1], s.reduced[d, 2] = done, levels, 1 if squares else 0
+    record_slice(s, d, VECTOR, start, end, pc)
     return 0
 
 

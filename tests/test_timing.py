@@ -1,8 +1,9 @@
 """The timing contract, rule by rule, on hand-written programs; every expected cycle is worked out by hand.
 
 `SHORT` is `tiny` with short latencies: 8 lanes x 4 columns x 2 rows, 64-byte rows, HBM latency 20, write slots at
-cycles 7, 15, 23 ..., 128 FIFO rows, matmul latency 6 + 4 + 16 = 26, 256-word segments; vector 8 lanes, latency 4, a
-tree's level 4; DDR 2 cycles a line, latency 20; ring 2 words a cycle, hop 20, setup 4; queue 8, branch 3, read 4.
+cycles 7, 15, 23 ..., 128 FIFO rows, matmul latency 6 + 4 + 16 = 26, 256-word segments; vector 8 lanes, latency 4,
+a function 3 more, a tree's level 4; DDR 2 cycles a line, latency 20; ring 2 words a cycle, hop 20, setup 4; queue 8,
+branch 3, read 4.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ SHORT = TINY.override(
         "matrix.epilogue_latency": "16",
         "vector.segments": "64",
         "vector.latency": "4",
+        "vector.unary_latency": "3",
+        "vector.reduce_latency": "0",
         "hbm.latency": "20",
         "ddr.latency": "20",
         "ring.setup_latency": "4",
@@ -62,12 +65,13 @@ MATRIX, VECTOR, MEMORY, RING, FETCH = 1, 2, 3, 4, 5
         ("vadd dst=0 a=256 b=512 n=0", 7),  # at least one
         ("vmov b_from=immediate dst=0 n=8", 7),
         ("vwrite dst=0 b=1", 7),
-        ("vunary function=exp dst=0 a=256 n=8", 7),
+        ("vunary function=exp dst=0 a=256 n=8", 10),
         ("vsum dst=0 a=256 n=8", 19),  # three levels of 4 inside a beat more
         ("vrmax dst=0 a=256 n=17", 29),  # and two over 3 beats: 1 + 3 + 4 + 5 * 4
         ("vargmax dst=0 a=256 n=64", 38),  # 1 + 8 + 4 + 6 * 4
         ("vsumsq dst=0 a=256 n=8", 19),
-        ("vchain operation=add function=exp write=1 dst=0 a=256 b=512 n=20", 9),
+        ("vchain operation=add function=exp write=1 dst=0 a=256 b=512 n=20", 12),
+        ("vchain operation=add write=1 dst=0 a=256 b=512 n=20", 9),
         ("vchain scale_from=value write=1 dst=0 a=256 n=20", 9),
         ("vchain scale_from=word scale=1000 write=1 dst=0 a=256 n=20", 10),  # the factor before three rows
         ("vchain scale_from=word scale=1000 write=1 dst=0 a=256 n=0", 8),
@@ -88,6 +92,7 @@ def test_a_tree_level_has_its_own_latency() -> None:
     assert run("vmul dst=0 a=256 b=512 n=8\nhalt", vector__latency=9).total_cycles == 12
     assert run("vmax dst=0 a=256 b=512 n=8\nhalt", vector__add_latency=9).total_cycles == 7
     assert run("vsum dst=0 a=256 n=8\nhalt", vector__latency=9, vector__add_latency=5).total_cycles == 27
+    assert run("vsum dst=0 a=256 n=8\nhalt", vector__reduce_latency=2).total_cycles == 21
 
 
 def test_a_reduction_waits_for_the_one_before_if_that_has_more_levels() -> None:
@@ -101,6 +106,25 @@ def test_reductions_of_as_many_levels_follow_one_another(first: int, second: int
     result = run(f"vsum dst=0 a=256 n={first}\nvrmax dst=1 a=1280 n={second}\nhalt")
     (start, end), (follows, _) = slices(result, VECTOR)
     assert (start, follows) == (1, max(2, end))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "start"),
+    [
+        ("vunary function=exp", "vadd b=768", 5),  # three cycles of the function less the one in which it follows
+        ("vunary function=exp", "vunary function=exp", 2),
+        ("vadd b=768", "vunary function=exp", 2),
+        ("vchain function=exp write=1", "vchain operation=add write=1 b=768", 5),
+        ("vchain function=exp write=1", "vrmax", 5),
+        ("vchain reduce=sumsq result=4000", "vchain reduce=sumsq result=4001", 2),
+        ("vchain reduce=sumsq result=4000", "vchain reduce=sum result=4001", 22),  # done: 2 + 4 + (3 + 1) * 4
+        ("vchain reduce=sumsq result=4000", "vsumsq", 22),
+        ("vsumsq", "vchain reduce=sumsq result=4001", 2),
+    ],
+)
+def test_results_leave_in_order(first: str, second: str, start: int) -> None:
+    result = run(f"{first} dst=0 a=512 n=8\n{second} dst=1024 a=768 n=8\nhalt")
+    assert slices(result, VECTOR) == [(1, 2), (start, start + 1)]
 
 
 TIE = ["load format=fp32 region=io dst={} n=8", "vadd dst={} a=512 b=512 n=8"]
@@ -158,6 +182,7 @@ def test_hazards_within_a_unit(second: str, start: int) -> None:
         (40, "vchain scale_from=word write=1 dst=1024 a=768 scale=7 n=40", 6),
         (40, "vchain scale_from=word write=1 dst=1024 a=768 scale=8 n=40", 10),
         (32, "vmul dst=1024 a=0 b=768 n=32", 9),  # four rows
+        (40, "vunary function=exp dst=1024 a=0 n=40", 6),
     ],
 )
 def test_a_vector_instruction_follows_another_row_by_row(words: int, second: str, start: int) -> None:
@@ -171,6 +196,7 @@ def test_a_vector_instruction_follows_another_row_by_row(words: int, second: str
     [
         ("scale_from=value reduce=sum result=3000", "vmul dst=1024 a=0 b=768 n=40", 6),  # its elements like any others
         ("scale_from=word scale=2000", "vmul dst=1024 a=0 b=768 n=40", 7),
+        ("function=exp", "vunary function=exp dst=1024 a=0 n=40", 13),  # five rows, a latency of seven
         ("scale_from=value reduce=sum result=128", "vmul dst=1024 a=0 b=768 n=40", 34),  # its result in their segment
         ("scale_from=value reduce=sum result=3000", "vmul b_from=word dst=1024 a=256 b=3000 n=40", 34),
         ("scale_from=value reduce=sum result=3000", "vadd dst=0 a=768 b=768 n=8", 6),  # write after write

@@ -96,6 +96,7 @@ class Device:
         self.lines = 0
         self.waited: Counter[tuple[str, str]] = Counter()  # cycles by unit and cause
         self.last_reduction: Instruction | None = None
+        self.last_left = 0  # cycle in which the vector unit's last element result is there
         self.gathers: list[Instruction] = []
         self.arrivals: dict[tuple[int, int, int], int] = {}  # (gather, direction, block) -> cycle
         self.sends: dict[tuple[int, int], list[int]] = {}  # (gather, direction) -> start cycles
@@ -201,7 +202,7 @@ class Device:
         """Whether the unit has the older one's rows where, and as long as, the younger one reads them in turn."""
         if {older.op.kind.unit.name, i.op.kind.unit.name} != {"VECTOR"} or self.late(older, segment):
             return False
-        if self.rows(older) <= self.m.vector.latency:
+        if self.rows(older) <= self.element_latency(older):
             return False
         rows, lanes = set(), self.m.vector.lanes
         reads = {"a": i.values["n"]} if "a" in i.values else {}
@@ -296,22 +297,25 @@ class Device:
                 continue
             i = queue[0]
             reduction = self.last_reduction if self.reduces(i) else None
-            if reduction and self.levels(reduction) <= self.levels(i):
+            if reduction and self.levels(reduction) <= self.levels(i) and self.squares(reduction) <= self.squares(i):
                 reduction = None
+            if unit == "VECTOR" and c + self.element_latency(i) < self.last_left:
+                continue
             if not all(w.complete(c) for w in i.waits) or (reduction and not reduction.complete(c)):
                 continue
             if unit == "MEMORY" and any(w.over < 0 or w.over > c for w in i.row_waits):
                 continue
             queue.popleft()
             i.start = c
-            self.charge_idle(i, unit, c, [*i.waits, reduction] if reduction else i.waits)
+            left = unit == "VECTOR" and c + self.element_latency(i) == self.last_left
+            self.charge_idle(i, unit, c, [*i.waits, reduction] if reduction else i.waits, left)
             if self.reduces(i):
                 self.last_reduction = i
             getattr(self, f"start_{unit.lower()}")(i, c)
 
-    def charge_idle(self, i: Instruction, unit: str, c: int, waits: list[Instruction]) -> None:
-        """Charge the idle cycles before a start to what ended them."""
-        causes = [w.op.kind.unit for w in waits if w.done == c]
+    def charge_idle(self, i: Instruction, unit: str, c: int, waits: list[Instruction], left: bool) -> None:
+        """Charge the idle cycles before a start to what ended them; `left`: older results have left the vector unit."""
+        causes = [w.op.kind.unit for w in waits if w.done == c] + [i.op.kind.unit] * left
         cause = "fetch"
         if c == i.issued + 1:
             cause = "issue"
@@ -325,6 +329,14 @@ class Device:
     def rows(self, i: Instruction) -> int:
         return max(1, ceil(i.values.get("n", 1), self.m.vector.lanes))
 
+    def element_latency(self, i: Instruction) -> int:
+        v, name = self.m.vector, i.op.kind.name
+        function = name == "vunary" or (name == "vchain" and self.flag(i, "function") != 0)
+        return v.latency + (v.unary_latency if function else 0)
+
+    def squares(self, i: Instruction) -> bool:
+        return i.op.kind.name == "vchain" and i.op.get("reduce") == 2
+
     def levels(self, i: Instruction) -> int:
         """Levels of the tree over a reduction's rows."""
         return (self.rows(i) - 1).bit_length()
@@ -332,9 +344,10 @@ class Device:
     def start_vector(self, i: Instruction, c: int) -> None:
         v, name = self.m.vector, i.op.kind.name
         beats = self.rows(i) + (name == "vchain" and self.flag(i, "scale_from") == 1)
-        tree = v.add_latency * (v.lanes.bit_length() - 1 + self.levels(i))
+        tree = v.reduce_latency + v.add_latency * (v.lanes.bit_length() - 1 + self.levels(i) + self.squares(i))
         self.occupy(i, c + beats)
-        self.finish(i, c + beats + v.latency + (tree if self.reduces(i) else 0))
+        self.last_left = c + beats + self.element_latency(i)
+        self.finish(i, self.last_left + (tree if self.reduces(i) else 0))
 
     def occupy(self, i: Instruction, end: int) -> None:
         unit = i.op.kind.unit.name
@@ -594,6 +607,8 @@ def random_machine(rng: random.Random) -> Machine:
             "vector.segments": pick([8, 16]),
             "vector.lanes": pick([2, 4, 8]),
             "vector.latency": pick([1, 5, 14]),
+            "vector.unary_latency": pick([0, 3, 11]),
+            "vector.reduce_latency": pick([0, 2]),
             "vector.add_latency": pick([1, 4]),
             "hbm.latency": pick([1, 7, 30]),
             "hbm.rows_per_write_slot": pick([1, 2, 5]),
@@ -675,6 +690,7 @@ def random_op(rng: random.Random) -> Op:
             operation=rng.randrange(5),
             write=int(rng.random() < 0.75),
             reduce=rng.randrange(4),
+            function=rng.choice([0, 0, 1]),
         )
     if kind == 6:
         return rng.choice([op("vunary", dst=address, a=other, n=n), op("vwrite", dst=rng.randrange(512), b=3)])

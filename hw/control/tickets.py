@@ -16,7 +16,7 @@ from amaranth.lib import data
 
 from typebar.isa.instructions import Unit
 from typebar.isa.machine import Machine
-from typebar.isa.timing import matmul_latency, timing_parameters, vector_latency, vector_rows
+from typebar.isa.timing import longest_latency, matmul_latency, timing_parameters
 
 
 class Domain(IntEnum):
@@ -43,8 +43,7 @@ def most_outstanding(machine: Machine) -> int:
     each cycle of the longest latency bound them.
     """
     p = timing_parameters(machine)
-    longest = vector_latency(p, True, vector_rows(p, p.words))
-    return p.queue_depth + 2 + max(longest, matmul_latency(p), p.hbm_latency, p.ddr_latency)
+    return p.queue_depth + 2 + max(longest_latency(p), matmul_latency(p), p.hbm_latency, p.ddr_latency)
 
 
 def ticket_bits(machine: Machine) -> int:
