@@ -21,7 +21,7 @@ SCALAR_LINES = 4
 REGION_BYTES = {Region.WEIGHTS: 1 << 16, Region.KV: 1 << 16, Region.PARAMS: 4096, Region.LOCAL: 4096, Region.IO: 16384}
 MOST_DEVICES = 2
 _BASES, _COUNTER, _SCRATCH, _SINKS = range(3, 8), 10, range(12, 18), range(20, 26)
-_VECTOR = ("vadd", "vsub", "vmul", "vmax", "vmov", "vunary", "vsum", "vsumsq", "vrmax", "vargmax")
+_VECTOR = ("vadd", "vsub", "vmul", "vmax", "vmov", "vunary", "vchain", "vsum", "vsumsq", "vrmax", "vargmax")
 
 
 def expected_trap(
@@ -36,6 +36,9 @@ def expected_trap(
     if kind.unit is Unit.VECTOR:
         if name == "vunary":
             return checker.unary(v["dst"], v["a"], v["n"])
+        if name == "vchain":
+            parts = ("b_from", "scale_from", "operation", "write", "reduce")
+            return checker.chain(*(modifiers[part] for part in parts), list(v.values()))
         if "b_from" not in modifiers:
             return checker.reduce(v["dst"], v["a"], v["n"], 2 if name == "vargmax" else 1)
         one, immediate = modifiers["b_from"] == 1, modifiers["b_from"] == 2
@@ -133,6 +136,11 @@ class _Author:
         values: dict[str, int | Operand] = {"dst": self.base(), "n": n}
         if name in ("vadd", "vsub", "vmul", "vmax", "vmov"):
             values |= {"b_from": self.random.randrange(3), "b": self.base()}
+        if name == "vchain":
+            values |= {"b_from": self.random.randrange(3), "b": self.base(), "scale_from": self.random.randrange(3)}
+            values |= {"operation": self.random.randrange(5), "function": self.random.choice([0, 0, 5])}
+            values |= {"write": self.random.randrange(2), "reduce": self.random.randrange(4)}
+            values |= {"scale": self.base(), "result": self.base()}
         if name != "vmov":
             values["a"] = self.base()
         self.add(name, **values)

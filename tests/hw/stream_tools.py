@@ -100,8 +100,10 @@ def classes(item: Op, values: Values) -> list[str]:
         found.add(_SOURCES[modifiers["b_from"]])
     if "format" in modifiers:
         found.add(_FORMATS[modifiers["format"]])
-    sources = [named.get("a")] if name in BINARY or name == "vunary" else []
-    if modifiers.get("b_from") == Source.VECTOR:
+    sources = [named.get("a")] if name in BINARY or name == "vunary" or modifiers.get("write") else []
+    if modifiers.get("b_from") == Source.VECTOR and (
+        name != "vchain" or (modifiers["write"] and modifiers["operation"])
+    ):
         sources.append(named["b"])
     if count and named.get("dst") in sources:
         found.add("in place")
@@ -123,7 +125,7 @@ def possible_classes(name: str) -> list[str]:
         found += ["whole", "zero"] + ([] if name == "gather" else ["ragged"])
     found += _SOURCES if "b_from" in fields else ()
     found += _FORMATS if "format" in fields else ()
-    found += ["in place"] if name in (*BINARY, "vmov", "vunary") else []
+    found += ["in place"] if name in (*BINARY, "vmov", "vunary", "vchain") else []
     return found + (list(_FEATURES) if name == "matmul" else [])
 
 
@@ -132,7 +134,7 @@ def possible_hazards(name: str, kind: str) -> list[str]:
     reads = name not in ("load", "vwrite", "sload", "sstore") and not (name == "vmov" and kind == "b immediate")
     writes = name not in ("store", "vread", "sload", "sstore")
     if kind == "zero":
-        reads, writes = False, name in REDUCE
+        reads, writes = False, name in (*REDUCE, "vchain")
     return ["none", *(["RAW"] if reads else []), *(["WAR", "WAW"] if writes else [])]
 
 
@@ -306,6 +308,7 @@ class Illegal:
 
 _LEGAL: dict[str, dict[str, int]] = {
     **{name: {"dst": 64, "a": 128, "b": 192, "n": 30} for name in BINARY},
+    "vchain": {"dst": 64, "a": 128, "b": 192, "n": 30, "scale": 5, "result": 7},
     "vmov": {"dst": 64, "b": 192, "n": 30}, "vwrite": {"dst": 5}, "vread": {"rd": 3, "a": 5},
     "vunary": {"dst": 64, "a": 64, "n": 30}, **{name: {"dst": 64, "a": 128, "n": 30} for name in REDUCE},
     "load": {"region": Region.PARAMS, "dst": 64, "n": 30}, "sload": {"region": Region.IO, "rd": 3},

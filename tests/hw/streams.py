@@ -21,9 +21,12 @@ from typebar.isa.instructions import (
     DEVICE_REGISTER,
     SCALAR_REGISTERS,
     Activation,
+    Factor,
     Format,
     Function,
+    Operation,
     Patch,
+    Reduction,
     Region,
     Scale,
     Source,
@@ -49,8 +52,8 @@ BINARY = ("vadd", "vsub", "vmul", "vmax")
 REDUCE = ("vsum", "vsumsq", "vrmax", "vargmax")
 WEIGHTS = {
     "vadd": 3, "vsub": 3, "vmul": 3, "vmax": 3, "vmov": 3, "vunary": 3, "vsum": 3, "vsumsq": 3, "vrmax": 3,
-    "vargmax": 3, "vwrite": 3, "vread": 2, "load": 6, "store": 6, "sload": 1, "sstore": 1, "matmul": 16, "gather": 10,
-    "scalar": 3, "fence": 0.3, "skip": 1.5, "cache": 2,
+    "vchain": 9, "vargmax": 3, "vwrite": 3, "vread": 2, "load": 6, "store": 6, "sload": 1, "sstore": 1, "matmul": 16,
+    "gather": 10, "scalar": 3, "fence": 0.3, "skip": 1.5, "cache": 2,
 }  # fmt: skip
 """How often each kind of item comes up."""
 Range = tuple[int, int, bool]
@@ -143,6 +146,9 @@ def trap_of(checker: Checker, item: Op, values: Values, devices: int) -> Trap:
         return checker.word(values[0])
     if name == "vunary":
         return checker.unary(*values)
+    if name == "vchain":
+        parts = ("b_from", "scale_from", "operation", "write", "reduce")
+        return checker.chain(*(modifiers[part] for part in parts), values)
     if name in REDUCE:
         return checker.reduce(*values[:3], results=2 if name == "vargmax" else 1)
     if name == "load":
@@ -273,6 +279,7 @@ class _Author:
         """An item of a kind, tried anew while its operands are illegal."""
         writers: dict[str, Callable[[], bool]] = {
             **dict.fromkeys((*BINARY, "vmov", "vunary", *REDUCE), lambda: self.vector(name)),
+            "vchain": self.chain,
             "vwrite": lambda: self.add(
                 "vwrite", dst=self.place(1, True, False), b=self.random.choice([self.scratch(), self.sink()])
             ),
@@ -315,6 +322,24 @@ class _Author:
         if name == "vargmax":
             values["base"] = self.random.choice([self.scratch(), self.sink()])
         return self.add(name, dst=dst, **values)
+
+    def chain(self) -> bool:
+        n, source, factor = self.length(), self.random.choice(list(Source)), self.random.choice(list(Factor))
+        operation = self.random.choice([Operation.NONE, *Operation])
+        reduction = self.random.choice([Reduction.NONE, *Reduction])
+        dst, same, words = self.place(n, True), self.chance(0.3), n if source is Source.VECTOR else 1
+        scale = self.place(1, aligned=False)
+        if factor is Factor.VALUE:
+            scale = Operand(self.random.choice(SCRATCH))
+            imm = self.random.choice([0x3F000000, 0xBDCCCCCD, *_SPECIAL])
+            self.before.append(op("sli", rd=scale.register, value=imm - (imm >> 31 << 32)))
+        return self.add(
+            "vchain", b_from=source, scale_from=factor, operation=operation, reduce=reduction, write=self.chance(0.7),
+            imm=self.random.choice([0x3F800000, 0xC0490FDB, *_SPECIAL]) if source is Source.IMMEDIATE else 0,
+            function=self.random.choice([0, 0, 0, *Activation]), dst=dst, a=dst if same else self.place(n),
+            b=dst if same and self.chance(0.3) else self.place(words, aligned=source is Source.VECTOR),
+            n=self.operand(n), scale=scale, result=self.place(1, True, aligned=False),
+        )  # fmt: skip
 
     def load(self) -> bool:
         element, n = self.random.choice(list(Format)), self.length()
