@@ -21,8 +21,11 @@ from typebar.isa.instructions import (
     MAX_OPERANDS,
     OPCODE_BITS,
     WRITABLE_REGIONS,
+    Factor,
     Format,
+    Operation,
     Patch,
+    Reduction,
     Region,
     Scale,
     Source,
@@ -65,6 +68,8 @@ def rows_layout(machine: Machine) -> data.StructLayout:
 RANGES = ("dst", "a", "b", "bias", "maximum", "patch")
 """Register operands in the order of their checks; dst and maximum are written, the others read."""
 WRITTEN = ("dst", "maximum")
+VECTOR_READS = ("a", "b", "bias")
+"""Those that a vector instruction reads. A chain's factor counts as a bias and its reduction's result as a maximum."""
 
 
 @dataclass
@@ -121,6 +126,7 @@ class OperandChecker(wiring.Component):
             )
             for name in RANGES
         }
+        self._illegal = Signal()
         self._bad_count, self._bad_stride, self._bad_access = Signal(), Signal(), Signal()
         self._bad_address, self._bad_region = Signal(), Signal()
         self._no_rows, self._rows_meet = Signal(), Signal()
@@ -130,6 +136,8 @@ class OperandChecker(wiring.Component):
             for name in (*_BINARY, "vmov", "vunary", *_REDUCE):
                 with m.Case(OP[name]):
                     self._vector(name)
+            with m.Case(OP["vchain"]):
+                self._chain()
             with m.Case(OP["vwrite"]):
                 self._range("dst", self._value("vwrite", "dst"), 1, mask=0)
             with m.Case(OP["vread"]):
@@ -233,12 +241,32 @@ class OperandChecker(wiring.Component):
             self._range("a", self._value(name, "a"), n)
             m.d.comb += self._in_place["a"].eq(not reduces)
         if name == "vmov" or name in _BINARY:
-            source = self._modifier(name, "b_from")
-            with m.If(source == Source.VECTOR):
-                self._range("b", self._value(name, "b"), n)
-                m.d.comb += self._in_place["b"].eq(1)
-            with m.Elif(source == Source.WORD):
-                self._range("b", self._value(name, "b"), n != 0)
+            self._second(name, n)
+
+    def _second(self, name: str, n: Value) -> None:
+        """The second operand of a vector instruction: a vector, a word or none."""
+        source = self._modifier(name, "b_from")
+        with self._m.If(source == Source.VECTOR):
+            self._range("b", self._value(name, "b"), n)
+            self._m.d.comb += self._in_place["b"].eq(1)
+        with self._m.Elif(source == Source.WORD):
+            self._range("b", self._value(name, "b"), n != 0)
+
+    def _chain(self) -> None:
+        m, n = self._m, self._value("vchain", "n")
+        writes, reduction = self._modifier("vchain", "write"), self._modifier("vchain", "reduce")
+        m.d.comb += [
+            self._illegal.eq(not self.machine.vector.chains),
+            self._bad_count.eq(~self._within(n, self.machine.vector.words)),
+            self._in_place["a"].eq(1),
+        ]
+        self._range("dst", self._value("vchain", "dst"), Mux(writes, n, 0))
+        self._range("a", self._value("vchain", "a"), n)
+        with m.If(self._modifier("vchain", "operation") != Operation.NONE):
+            self._second("vchain", n)
+        with m.If(self._modifier("vchain", "scale_from") == Factor.WORD):
+            self._range("bias", self._value("vchain", "scale"), n != 0)
+        self._range("maximum", self._value("vchain", "result"), reduction != Reduction.NONE)
 
     def _gather(self) -> None:
         m, n = self._m, self._value("gather", "n")
@@ -400,7 +428,7 @@ class OperandChecker(wiring.Component):
     def _verdict(self) -> None:
         """The first failing rule, in the order of `isa/checks.py`; the ranges for the scoreboard."""
         m, words = self._m, self.machine.vector.words
-        verdicts: list[tuple[Value, Trap]] = [(self._bad_count, Trap.COUNT)]
+        verdicts: list[tuple[Value, Trap]] = [(self._illegal, Trap.ILLEGAL), (self._bad_count, Trap.COUNT)]
         for name in RANGES:
             item = self._ranges[name]
             some, bounds, misaligned = (

@@ -31,13 +31,15 @@ from typebar.isa.instructions import (
     TARGET_BITS,
     WORD_BITS,
     WORD_BYTES,
+    Activation,
     Kind,
+    Reduction,
     Region,
     Trap,
     Unit,
 )
 from typebar.isa.machine import Machine, MachineError
-from typebar.isa.timing import OP, VARGMAX, VRMAX, VSUM, VSUMSQ, Cause
+from typebar.isa.timing import OP, VARGMAX, VCHAIN, VRMAX, VSUM, VSUMSQ, VUNARY, Cause
 
 PIPELINE_BRANCH_CYCLES = 3
 """From a branch in stage I to its target there."""
@@ -356,11 +358,23 @@ class ControlCore(wiring.Component):
             board.loads.eq(checker.loads),
             board.hbm_store.eq(checker.hbm_store),
             board.stores.eq(decoded["opcode"].matches(OP["store"], OP["sstore"])),
-            board.reduces.eq(decoded["opcode"].matches(VSUM, VSUMSQ, VRMAX, VARGMAX)),
+            board.dst_reduced.eq(decoded["opcode"].matches(VSUM, VSUMSQ, VRMAX, VARGMAX)),
             board.unit.eq(decoded["unit"] - 1),
             board.completed.eq(self.completed),
         ]
+        self._chains(board)
         return board
+
+    def _chains(self, board: Scoreboard) -> None:
+        """What the scoreboard must know of a chain."""
+        opcode, modifiers = self._decoded["opcode"], self._decoded["modifiers"]
+        chain = opcode == VCHAIN
+        function, reduction = (modifier(modifiers, "vchain", name) for name in ("function", "reduce"))
+        self._m.d.comb += [
+            board.reduces.eq(board.dst_reduced | (chain & (reduction != Reduction.NONE))),
+            board.squares.eq(chain & (reduction == Reduction.SUMSQ)),
+            board.functional.eq((opcode == VUNARY) | (chain & (function != Activation.NONE))),
+        ]
 
     def _to_units(self, live: Value) -> Value:
         """Queues and their tickets; true in the last cycle in I of an instruction of a unit."""

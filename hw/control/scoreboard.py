@@ -4,7 +4,8 @@ Rules (docs/timing.md, "Start: hazards"). Registers: a read waits for the last w
 whatever its unit, except in the vector unit for one that it follows row by row; a write for that of another unit, or
 for a reduction of its own if it is none, and for the last reader in each other unit. Memory: a matmul's fetch half
 waits for older HBM stores to overlapping rows, an HBM store for the fetch halves of older matmuls with overlapping
-rows, a load from DDR for the last store to its region. A reduction waits for the one before it if that has more levels.
+rows, a load from DDR for the last store to its region. A reduction waits for the one before it if that has more levels
+over rows, or takes squares first and this one does not.
 `waits` and `fetch_waits` follow the operands in the same cycle; with `issue` the instruction's own tickets enter the
 tables at the cycle's end. A table drops a ticket when it is done.
 """
@@ -15,11 +16,11 @@ from collections.abc import Sequence
 from functools import reduce
 from operator import or_
 
-from amaranth.hdl import Module, Mux, Signal, Value, unsigned
+from amaranth.hdl import Cat, Module, Mux, Signal, Value, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from typebar.hw.control.checks import RANGES, REGION_BITS, WRITTEN, range_layout, rows_layout
+from typebar.hw.control.checks import RANGES, REGION_BITS, VECTOR_READS, WRITTEN, range_layout, rows_layout
 from typebar.hw.control.tickets import UNIT_DOMAINS, Domain, owed, ticket_bits, waits_layout, youngest
 from typebar.isa.instructions import HBM_REGIONS, WRITABLE_REGIONS, Region
 from typebar.isa.machine import Machine
@@ -37,11 +38,11 @@ def outstanding_stores(machine: Machine) -> int:
 class SegmentTable(wiring.Component):
     """Last writer, and last reader of each unit, by register segment.
 
-    In: the segments read and written (one bit each), the issuing unit's domain (0 to 3), whether its result is `late`
-    (its unit may write that of a younger instruction earlier, if that is not late as well), its ticket, `issue`, and
-    the tickets `completed`. `behind`: segments that it may read before the last writer is done, if that is of its own
-    unit and not late. Out: `waits`, for each unit the youngest ticket to wait for. An instruction that issues in
-    one cycle is seen by the next one's look-up. `writers` and `readers` are the state, for proofs.
+    In: the segments read, written, and written `late` (one bit each; the unit may write what is not late of a younger
+    instruction earlier), the issuing unit's domain (0 to 3), its ticket, `issue`, and the tickets `completed`.
+    `behind`: segments that it may read before the last writer is done, if that is of its own unit and was not late.
+    Out: `waits`, for each unit the youngest ticket to wait for. An instruction that issues in one cycle is seen by the
+    next one's look-up. `writers` and `readers` are the state, for proofs.
     """
 
     def __init__(self, segments: int, bits: int, units: Sequence[Domain] = UNIT_DOMAINS) -> None:
@@ -55,8 +56,8 @@ class SegmentTable(wiring.Component):
             {
                 "reads": In(segments),
                 "writes": In(segments),
+                "late": In(segments),
                 "unit": In(range(max(len(units), 2))),
-                "late": In(1),
                 "behind": In(segments),
                 "ticket": In(bits),
                 "issue": In(1),
@@ -72,16 +73,18 @@ class SegmentTable(wiring.Component):
         for segment in range(self.segments):
             writer = self.writers[segment]
             own = writer.unit == self.unit
-            follows = (self.reads[segment] & ~(own & ~writer.late & self.behind[segment])) | (
-                self.writes[segment] & ~(own & (~writer.late | self.late))
+            follows = (
+                (self.reads[segment] & ~(own & ~writer.late & self.behind[segment]))
+                | (self.writes[segment] & ~(own & ~writer.late))
+                | (self.late[segment] & ~own)
             )
             last = reduce(or_, (Mux(writer.unit == unit, self.completed[unit], 0) for unit in self.units))
             live = Signal(name=f"writer_live_{segment}")
             m.d.comb += live.eq(writer.valid & owed(writer.ticket, last[: self.bits]))
             m.d.sync += writer.valid.eq(live)
-            with m.If(self.issue & self.writes[segment]):
+            with m.If(self.issue & (self.writes[segment] | self.late[segment])):
                 m.d.sync += [writer.valid.eq(1), writer.unit.eq(self.unit), writer.ticket.eq(self.ticket)]
-                m.d.sync += writer.late.eq(self.late)
+                m.d.sync += writer.late.eq(self.late[segment])
             for unit in self.units:
                 candidates[unit].append((live & follows & (writer.unit == unit), writer.ticket))
                 candidates[unit].append(self._reader(m, unit, segment))
@@ -98,7 +101,7 @@ class SegmentTable(wiring.Component):
         m.d.sync += reader.valid.eq(live)
         with m.If(self.issue & self.reads[segment] & (self.unit == unit)):
             m.d.sync += [reader.valid.eq(1), reader.ticket.eq(self.ticket)]
-        return live & self.writes[segment] & (self.unit != unit), reader.ticket
+        return live & (self.writes[segment] | self.late[segment]) & (self.unit != unit), reader.ticket
 
 
 class RowTable(wiring.Component):
@@ -154,8 +157,9 @@ class Scoreboard(wiring.Component):
     """The look-up of an issuing instruction in all tables.
 
     In: what `OperandChecker` says of it (`ranges`, `dst_read`, `rows`, `fetches`, `region`, `loads`, `hbm_store`),
-    whether it `stores` or `reduces`, the `unit` (a `Domain`), its tickets, and `issue` in the cycle in which it issues.
-    Out: `waits` for the unit's queue, `fetch_waits` for the fetch half's, and `ready`.
+    whether it `stores`, the `unit` (a `Domain`), its tickets, and `issue` in the cycle in which it issues. Of a vector
+    instruction whether it `reduces`, to dst (`dst_reduced`) or to its second result, takes `squares` first, and has a
+    function (`functional`). Out: `waits` for the unit's queue, `fetch_waits` for the fetch half's, and `ready`.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -172,6 +176,9 @@ class Scoreboard(wiring.Component):
                 "hbm_store": In(1),
                 "stores": In(1),
                 "reduces": In(1),
+                "dst_reduced": In(1),
+                "squares": In(1),
+                "functional": In(1),
                 "unit": In(range(len(UNIT_DOMAINS))),
                 "ticket": In(self.bits),
                 "fetch_ticket": In(self.bits),
@@ -194,9 +201,9 @@ class Scoreboard(wiring.Component):
         masks = {name: self._segments(m, name) for name in RANGES}
         m.d.comb += [
             segments.reads.eq(reduce(or_, (masks[name] for name in reads)) | Mux(self.dst_read, masks["dst"], 0)),
-            segments.writes.eq(reduce(or_, (masks[name] for name in WRITTEN))),
+            segments.writes.eq(Mux(self.dst_reduced, 0, masks["dst"]) | Mux(self.reduces, 0, masks["maximum"])),
+            segments.late.eq(Mux(self.dst_reduced, masks["dst"], 0) | Mux(self.reduces, masks["maximum"], 0)),
             segments.unit.eq(self.unit),
-            segments.late.eq(self.reduces),
             segments.behind.eq(self._behind(m, masks)),
             segments.ticket.eq(self.ticket),
             segments.issue.eq(self.issue),
@@ -242,11 +249,12 @@ class Scoreboard(wiring.Component):
     def _behind(self, m: Module, masks: dict[str, Value]) -> Value:
         """Segments whose last writer a vector instruction's operands follow row by row, none starting elsewhere.
 
-        That writer is elementwise and has more rows than its latency has cycles, so that when it has left the unit its
-        first row is written.
+        That writer has more rows than its elements' latency has cycles, so that when it has left the unit its first
+        row is written.
         """
         lanes, vector = self.machine.vector.lanes.bit_length() - 1, self.unit == Domain.VECTOR
-        first = {name: self.ranges[name].first[lanes:] for name in ("dst", "a", "b")}
+        latency, function = self.machine.vector.latency, self.machine.vector.unary_latency
+        first = {name: self.ranges[name].first[lanes:] for name in ("dst", *VECTOR_READS)}
         dst = self.ranges["dst"]
         rows = (dst.last - dst.first)[lanes:]
         behind = Signal(self.machine.vector.segments)
@@ -254,26 +262,27 @@ class Scoreboard(wiring.Component):
             row = Signal.like(first["dst"], name=f"row_{segment}", reset_less=True)
             long = Signal(name=f"long_{segment}")
             with m.If(self.issue & masks["dst"][segment]):
-                m.d.sync += [row.eq(first["dst"]), long.eq(vector & (rows >= self.machine.vector.latency))]
-            same = [~masks[name][segment] | (first[name] == row) for name in ("a", "b")]
-            m.d.comb += behind[segment].eq(vector & long & same[0] & same[1])
+                m.d.sync += row.eq(first["dst"])
+                m.d.sync += long.eq(vector & (rows >= Mux(self.functional, latency + function, latency)))
+            same = Cat(~masks[name][segment] | (first[name] == row) for name in VECTOR_READS)
+            m.d.comb += behind[segment].eq(vector & long & same.all())
         return behind
 
     def _last_reduction(self, m: Module) -> tuple[Value, Value]:
-        """The reduction that a reduction of fewer levels over rows waits for: the last one."""
+        """The reduction that one of fewer levels over rows, or without its squares, waits for: the last one."""
         valid, last, live = Signal(name="reduced"), Signal(self.bits, name="reduced_ticket"), Signal()
         operand = self.ranges["a"]
         lanes = self.machine.vector.lanes.bit_length() - 1
         # The number of rows less one; a level for each of its bits.
         span = Mux(operand.valid, (operand.last - operand.first)[lanes:], 0)
         bits = len(span)
-        highest, reached = Signal(bits), Signal(bits)
+        highest, reached, squared = Signal(bits), Signal(bits), Signal()
         m.d.comb += [reached[bit].eq((span >> bit).any()) for bit in range(bits)]
         m.d.comb += live.eq(valid & owed(last, self.completed[Domain.VECTOR]))
         m.d.sync += valid.eq(live)
         with m.If(self.issue & self.reduces):
-            m.d.sync += [valid.eq(1), last.eq(self.ticket), highest.eq(reached)]
-        return live & self.reduces & (highest & ~reached).any(), last
+            m.d.sync += [valid.eq(1), last.eq(self.ticket), highest.eq(reached), squared.eq(self.squares)]
+        return live & self.reduces & ((highest & ~reached).any() | (squared & ~self.squares)), last
 
     def _last_store(self, m: Module) -> tuple[Value, Value]:
         """The store that a load from DDR waits for."""

@@ -39,8 +39,8 @@ RECIPE = data.StructLayout(
         **{name: signed(32) for name in _OPERANDS},
     }
 )
-"""Steps and operand values. `functional`: it has a `function`. `sums`: the reduction adds, else takes the maximum, which
-`ordered` means vargmax's."""
+"""Steps and operand values. `functional`: it has a `function`. `sums`: the reduction adds, else it takes the maximum;
+`ordered`: that of vargmax."""
 
 
 def recipe(m: Module, opcode: Value, modifiers: Value, values: Value) -> Signal:

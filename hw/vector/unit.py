@@ -35,7 +35,7 @@ from typebar.hw.vector.recipe import recipe
 from typebar.hw.vector.reduction import ReductionTree
 from typebar.isa.instructions import TARGET_BITS, Factor, Source
 from typebar.isa.machine import Machine, MachineError
-from typebar.isa.timing import Cause
+from typebar.isa.timing import Cause, longest_latency, timing_parameters
 
 PIPELINE_CYCLES = 5
 """Latency beside the lanes': two cycles of reading, one each to choose operands and results, and the write's second
@@ -82,8 +82,7 @@ class VectorUnit(wiring.Component):
         self._pair = Shared("vector_lanes", LanePair(self._timing))
         self._tree = ReductionTree(vector.add_latency, self.lanes, self.rows)
         self.shared = (self._pair, *self._tree.shared)
-        levels = self._tree.lane_levels + self._tree.row_levels + 1
-        self._longest = vector.latency + vector.unary_latency + vector.reduce_latency + vector.add_latency * levels
+        self._longest = longest_latency(timing_parameters(machine))
         super().__init__(
             {
                 "issued": In(stream.Signature(issued_layout(machine, Domain.VECTOR))),
