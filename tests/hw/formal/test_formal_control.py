@@ -118,9 +118,9 @@ class ScoreboardHarness(wiring.Component):
     """Segment table and a queue for each of two units; an environment issues, starts and completes at will.
 
     One instruction, a, is chosen freely. The claim: no younger instruction starts before a is done if the two touch a
-    segment that one of them writes. If they are of one unit, only if a writes and the younger reads, or if a's result
-    is late and the younger's is not: within a unit order is enough. Nor need it wait to read `behind` a result of its
-    own unit that is not late.
+    segment that one of them writes. If they are of one unit, only if a writes and the younger reads, or if a writes it
+    late and the younger does not (not only): within a unit order is enough. Nor need it wait to read `behind` a result
+    of its own unit that is not late.
 
     Induction needs to know why: the table leads from a segment to a, or to a queued instruction that conflicts with a
     as well and so cannot have started either; and whatever conflicts with a waits for one of these, or behind one.
@@ -128,7 +128,7 @@ class ScoreboardHarness(wiring.Component):
 
     def __init__(self, segments: int, places: int, plant: str = "") -> None:
         self.segments, self.places, self.plant = segments, places, plant
-        touched = {"ticket": BITS, "reads": segments, "writes": segments, "late": 1, "behind": segments}
+        touched = {"ticket": BITS} | dict.fromkeys(("reads", "writes", "late", "behind"), segments)
         # What the queues carry for the proof: the instruction, and whether it is younger than a.
         self.ghost = data.StructLayout({**touched, "after": 1})
         self.chosen = data.StructLayout({**touched, "known": 1, "unit": 1})
@@ -139,7 +139,7 @@ class ScoreboardHarness(wiring.Component):
             {
                 "issue": In(1),
                 "unit": In(1),
-                "late": In(1),
+                "late": In(segments),
                 "behind": In(segments),
                 "reads": In(segments),
                 "writes": In(segments),
@@ -161,10 +161,10 @@ class ScoreboardHarness(wiring.Component):
             Assume(~ResetSignal()),
             issue.eq(self.issue & room),
             table.reads.eq(self.reads if self.plant != "reads" else 0),
-            table.writes.eq(self.writes),
+            table.writes.eq(self.writes if self.plant != "late" else 0),
             table.unit.eq(self.unit),
             table.behind.eq(self.behind if self.plant != "behind" else self.reads),
-            table.late.eq(self.late if self.plant != "late" else 1),
+            table.late.eq(self.late if self.plant != "late" else self.late | self.writes),
             table.issue.eq(issue),
         ]
         for unit in range(2):
@@ -243,10 +243,10 @@ class ScoreboardHarness(wiring.Component):
         """Whether an instruction is younger than a and must wait for it."""
         a = self._a
         other = a.unit != unit
-        after_write = (a.writes & item.reads & ~Mux(other | a.late, 0, item.behind)).any()
-        after_write = after_write | ((a.writes & item.writes).any() & (other | (a.late & ~item.late)))
-        after_read = (a.reads & item.writes).any() & (a.unit != unit)
-        return item.after & (after_write | after_read)
+        followed = item.behind & ~a.late & ~other.replicate(self.segments)
+        after_write = ((a.writes | a.late) & item.reads & ~followed).any() | (a.late & item.writes).any()
+        after_any = ((a.reads | a.writes | a.late) & (item.writes | item.late)).any() & other
+        return item.after & (after_write | after_any)
 
     def _tickets(self) -> None:
         """All tickets anywhere are recent; queued instructions have consecutive ones; queues are well formed."""
@@ -296,11 +296,11 @@ class ScoreboardHarness(wiring.Component):
         for segment in range(self.segments):
             writer = self.table.writers[segment]
             leads = Mux(writer.unit, self._leads(1, writer.ticket), self._leads(0, writer.ticket))
-            m.d.comb += Assert(~(live & a.writes[segment]) | (writer.valid & leads))
+            m.d.comb += Assert(~(live & (a.writes | a.late)[segment]) | (writer.valid & leads))
             # After a late a, a writer of its unit that is not late is queued, or behind one that is and waits for a.
             ordered = (writer.unit == a.unit) & ~writer.late
             behind = Mux(writer.unit, self._behind(1, writer.ticket), self._behind(0, writer.ticket))
-            m.d.comb += Assert(~(live & a.writes[segment] & a.late & ordered) | behind)
+            m.d.comb += Assert(~(live & a.late[segment] & ordered) | behind)
             for unit in range(2):
                 reader = self.table.readers[segment][unit]
                 recent = self._age(Const(unit, 1), reader.ticket) <= self._age(Const(unit, 1), a.ticket)
