@@ -35,6 +35,7 @@ from typebar.isa.timing import (
     Cause,
     blocks_touched,
     element_bytes,
+    element_latency,
     fetch_slot,
     hbm_store_end,
     load_occupancy,
@@ -44,6 +45,7 @@ from typebar.isa.timing import (
     vector_count,
     vector_latency,
     vector_occupancy,
+    vector_rows,
 )
 from typebar.sim.functional import DeviceMemory, DeviceTrap, FunctionalSimulator
 from typebar.sim.timing import run_timing
@@ -97,15 +99,27 @@ class Units:
     io: dict[int, int] = field(default_factory=dict)
     loaded: dict[int, int] = field(default_factory=dict)
     """Cycle of a scalar load's response, and its value."""
+    exits: int = 0
+    """Cycle in which the next row of the vector unit may have its result: they leave in order."""
+    offered: dict[Domain, int] = field(default_factory=dict)
+    """Since when each domain's head has been offered."""
+
+    def ready(self, domain: Domain, cycle: int, opcode: int, modifiers: dict[str, int]) -> bool:
+        """Whether a unit takes the offered instruction in a cycle."""
+        free = self.free[domain]
+        if domain is Domain.VECTOR:
+            free = max(free, self.exits - element_latency(P, opcode, list(modifiers.values())))
+        return cycle >= free
 
     def begin(self, start: Start, opcode: int) -> None:
         """Work out an instruction's occupancy and completion."""
         cycle, values = start.cycle, start.values
         self.starts.append(start)
         if start.domain is Domain.VECTOR:
-            occupancy = vector_occupancy(P, vector_count(opcode, values))
-            end = cycle + occupancy
-            done = end + vector_latency(P, opcode, occupancy)
+            rows, modifiers = vector_rows(P, vector_count(opcode, values)), list(start.modifiers.values())
+            end = cycle + vector_occupancy(opcode, modifiers, rows)
+            done = end + vector_latency(P, opcode, modifiers, rows)
+            self._order(start, element_latency(P, opcode, modifiers), end)
             self._write(start, opcode, max(done, self.latest[Domain.VECTOR]))
         elif start.domain is Domain.MEMORY:
             end, done = self._memory(start, opcode)
@@ -125,6 +139,13 @@ class Units:
         if opcode == SLOAD:
             at = values[0] * 16 + (values[1] >> 2)
             self.loaded[done - 1] = self.io.get(at, 0)
+
+    def _order(self, start: Start, latency: int, end: int) -> None:
+        """Charge a wait for the order of results to the vector unit, if nothing that counts before it took as long."""
+        offered, since = self.offered.pop(Domain.VECTOR), self.exits - latency
+        if offered < since or (offered == since and start.waited in (Cause.MEMORY, Cause.RING)):
+            start.waited = int(Cause.VECTOR)
+        self.exits = end + latency
 
     def _write(self, start: Start, opcode: int, done: int) -> None:
         if opcode == VWRITE:
@@ -254,6 +275,20 @@ class Core:
         waited = int(self.dut.waited.value) >> CAUSE_BITS * domain & (1 << CAUSE_BITS) - 1
         return Start(domain, cycle, item["pc"], kind.name, modifiers, values, item["ticket"], waited, idle), kind.opcode
 
+    async def _answer(self, units: Units, cycle: int) -> None:
+        """Settle; then let each unit say whether it takes what is offered, and settle again."""
+        await self.settle()
+        for domain, name in self.names.items():
+            valid, payload = bool(getattr(self.dut, f"{name}__valid").value), getattr(self.dut, f"{name}__payload")
+            opcode, modifiers = 0, {}
+            if valid:
+                units.offered.setdefault(domain, cycle)
+                item = data.Const(LAYOUTS[domain], int(payload.value))
+                opcode = item["opcode"]
+                modifiers = _modifiers(BY_OPCODE[opcode], item["modifiers"])
+            self.drive(f"{name}__ready", int(units.ready(domain, cycle, opcode, modifiers)))
+        await self.settle()
+
     async def run(self, words: bytes, units: Units, devices: int = 1, rank: int = 0, entry: int = 0) -> Run:
         """Load, start, and keep the units' time until the core has stopped and is idle."""
         dut, latency = self.dut, MACHINE.control.read_latency
@@ -274,13 +309,11 @@ class Core:
             if origin < 0:
                 causes.clear()
             self.drive("completed", self._completed(units, cycle))
-            for domain, name in self.names.items():
-                self.drive(f"{name}__ready", int(cycle >= units.free[domain]))
             # Neither value may matter in any other cycle.
             self.drive("read_data", reads.get(now, 0xDEADBEEF))
             self.drive("scalar_valid", int(cycle in units.loaded))
             self.drive("scalar_data", units.loaded.get(cycle, 0xDEADBEEF) & 0xFFFFFFFF)
-            await self.settle()
+            await self._answer(units, cycle)
             if int(dut.commit_valid.value):
                 origin = now if origin < 0 else origin
                 cycle = now - origin
@@ -298,7 +331,7 @@ class Core:
                 reads[now + latency - 2] = units.word(int(dut.read_address.value), cycle)
             reading = enabled
             for domain, name in self.names.items():
-                if int(getattr(dut, f"{name}__valid").value) and cycle >= units.free[domain]:
+                if int(getattr(dut, f"{name}__valid").value) and int(getattr(dut, f"{name}__ready").value):
                     units.begin(*self._start(domain, cycle, cycle - max(0, units.free[domain])))
             if now > 4 and int(dut.idle.value):
                 break
