@@ -15,9 +15,11 @@ from typebar.isa.instructions import (
     BY_NAME,
     IMMEDIATE_BITS,
     INSTRUCTIONS,
+    Factor,
     Format,
     Kind,
     Patch,
+    Reduction,
     Region,
     Scale,
     Source,
@@ -78,7 +80,8 @@ _FORMATS = tuple(f"format {item.name.lower()}" for item in Format)
 _SOURCES = tuple(f"b {item.name.lower()}" for item in Source)
 _FEATURES = ("one vector", "several vectors", "accumulate", "scale word", "scale column", "bias", "patch column",
              "patch lane", "row max", "masked", "activation")  # fmt: skip
-_ADDRESSES = ("dst", "a", "b", "src", "line", "scale", "bias", "maximum", "patch_src")
+_STEPS = ("factor word", "factor value", "operation", "function", "write", "sum", "sumsq", "max")
+_ADDRESSES = ("dst", "a", "b", "src", "line", "scale", "bias", "maximum", "patch_src", "result")
 
 
 def classes(item: Op, values: Values) -> list[str]:
@@ -114,6 +117,12 @@ def classes(item: Op, values: Values) -> list[str]:
                  modifiers["patch"] == Patch.LANE, modifiers["row_max"], modifiers["masked"],
                  modifiers["activation"])  # fmt: skip
         found |= {feature for feature, flag in zip(_FEATURES, flags, strict=True) if flag}
+    if name == "vchain":
+        factor, reduction = modifiers["scale_from"], modifiers["reduce"]
+        flags = (factor == Factor.WORD, factor == Factor.VALUE, modifiers["operation"], modifiers["function"],
+                 modifiers["write"], reduction == Reduction.SUM, reduction == Reduction.SUMSQ,
+                 reduction == Reduction.MAX)  # fmt: skip
+        found |= {step for step, flag in zip(_STEPS, flags, strict=True) if flag}
     return sorted(found)
 
 
@@ -126,7 +135,7 @@ def possible_classes(name: str) -> list[str]:
     found += _SOURCES if "b_from" in fields else ()
     found += _FORMATS if "format" in fields else ()
     found += ["in place"] if name in (*BINARY, "vmov", "vunary", "vchain") else []
-    return found + (list(_FEATURES) if name == "matmul" else [])
+    return found + list({"matmul": _FEATURES, "vchain": _STEPS}.get(name, ()))
 
 
 def possible_hazards(name: str, kind: str) -> list[str]:
