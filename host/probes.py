@@ -123,7 +123,7 @@ def _sites(image: Image, sums: Sequence[Operation]) -> dict[Operation, Site]:
     places: dict[str, list[Site]] = defaultdict(list)
     for pc in sorted(comments):
         kind, _, node = comments[pc].partition(" ")
-        if kind == "add" and program.ops[pc].kind.name == "vadd":
+        if kind == "add" and program.ops[pc].kind.name in ("vadd", "vchain"):
             places[node.strip("()")].append(_site(program.ops[pc], pc))
     found: dict[Operation, Site] = {}
     for op in sums:

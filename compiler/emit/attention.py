@@ -254,14 +254,9 @@ def _single_block(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, pi
         )  # fmt: skip
     for head in heads:
         _clear(e, shape, s[f"scores{head}"], rows)
-    for head, row in lines:
-        scores = _seen(shape, s[f"scores{head}"] + row * shape.stride)
-        build.add("vsub", b_from=_WORD, dst=scores, a=scores, b=s[f"maximum{head}"] + row, n=length)
-    for head, row in lines:
-        scores = _seen(shape, s[f"scores{head}"] + row * shape.stride)
-        build.add("vunary", function=int(Function.EXP), dst=scores, a=scores, n=length)
-    for head, row in lines:
-        build.add("vsum", dst=s[f"sum{head}"] + row, a=s[f"scores{head}"] + row * shape.stride, n=shape.length)
+    scores = [(_seen(shape, s[f"scores{h}"] + row * shape.stride), s[f"maximum{h}"] + row) for h, row in lines]
+    sums = [(s[f"scores{h}"] + row * shape.stride, s[f"sum{h}"] + row) for h, row in lines]
+    _softmax(e, scores, length, sums, shape.length)
     for head in heads:
         build.add("vunary", function=int(Function.RECIP), dst=s[f"sum{head}"], a=s[f"sum{head}"], n=rows)
     for head in heads:
@@ -280,6 +275,36 @@ def _single_block(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, pi
         for head, row in lines:
             out = _query(shape, shape.out, head, first + row)
             build.add("vmul", b_from=_WORD, dst=out, a=out, b=s[f"sum{head}"] + row, n=shape.size)
+
+
+def _softmax(
+    e: Emission,
+    scores: list[tuple[Operand, int]],
+    length: Operand,
+    sums: list[tuple[int, int]],
+    total: Operand,
+) -> None:
+    """exp(score - maximum) in place of each row of scores, given with its maximum, and each row's sum.
+
+    `sums` has a row's first word and its sum's; `total` words of it count, `length` are computed.
+    """
+    build = e.build
+
+    def subtract(row: int) -> None:
+        build.add("vsub", b_from=_WORD, dst=scores[row][0], a=scores[row][0], b=scores[row][1], n=length)
+
+    def exponential(row: int) -> None:
+        build.add("vunary", function=int(Function.EXP), dst=scores[row][0], a=scores[row][0], n=length)
+
+    def total_up(row: int) -> None:
+        build.add("vsum", dst=sums[row][1], a=sums[row][0], n=total)
+
+    rows = range(len(scores))
+    if length == total:
+        build.each(rows, subtract, exponential, total_up)
+    else:
+        build.each(rows, subtract, exponential)
+        build.each(rows, total_up)
 
 
 def _value_rows(shape: _Shape, rows: int, pad: int) -> dict[str, int]:
@@ -351,18 +376,14 @@ def _one_block(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, first
     build.add("vmax", dst=maximum, a=maximum, b=running, n=rows)
     _clear(e, shape, s["scores"], rows)
     seen = [_seen(shape, s["scores"] + row * shape.stride) for row in range(rows)]
-    for row, scores in enumerate(seen):
-        build.add("vsub", b_from=_WORD, dst=scores, a=scores, b=maximum + row, n=length)
-    for scores in seen:
-        build.add("vunary", function=int(Function.EXP), dst=scores, a=scores, n=length)
-    build.add("vsub", dst=correction, a=running, b=maximum, n=rows)
-    build.add("vunary", function=int(Function.EXP), dst=correction, a=correction, n=rows)
-    build.add("vmov", dst=running, b=maximum, n=rows)
     if shape.window is not None:
         build.add("sadd", rd=int(R.T0), a=length, b=reg(R.SKIP))
         total = reg(R.T0)
-    for row in range(rows):
-        build.add("vsum", dst=s["sum"] + row, a=s["scores"] + row * shape.stride, n=total)
+    sums = [(s["scores"] + row * shape.stride, s["sum"] + row) for row in range(rows)]
+    _softmax(e, [(scores, maximum + row) for row, scores in enumerate(seen)], length, sums, total)
+    build.add("vsub", dst=correction, a=running, b=maximum, n=rows)
+    build.add("vunary", function=int(Function.EXP), dst=correction, a=correction, n=rows)
+    build.add("vmov", dst=running, b=maximum, n=rows)
     build.add("vmul", dst=s["running_sum"], a=s["running_sum"], b=correction, n=rows)
     build.add("vadd", dst=s["running_sum"], a=s["running_sum"], b=s["sum"], n=rows)
     build.add(

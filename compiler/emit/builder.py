@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from enum import IntEnum
+from typing import TypeVar
 
+from typebar.compiler.emit.chain import Chain, chain_of, joined
 from typebar.isa.instructions import COUNT_REGISTER, DEVICE_REGISTER, IMMEDIATE_BITS
 from typebar.isa.program import Op, Operand, Program, Value, op
 
+Item = TypeVar("Item")
 _IMMEDIATE_LIMIT = 1 << IMMEDIATE_BITS - 1
 
 
@@ -16,6 +20,7 @@ class R(IntEnum):
     SOURCE, tokens of the source text, takes the place of the number of devices, which the compiler knows.
     LOW, SKIP and BIAS are attention's; the end of a token has other uses for them. ROWS and ROWS_NEXT are the tokens
     in the two groups of a prompt's block, which has no one TOKEN and patches nothing; HIGH is where a mask ends in it.
+    FACTOR is a chain's, outside of attention.
     """
 
     ZERO = 0
@@ -54,6 +59,7 @@ class R(IntEnum):
     SKIP = 25
     BIAS = 31
     BYTE = 15
+    FACTOR = 15
     ROWS = 8
     ROWS_NEXT = 29
     HIGH = 19
@@ -65,10 +71,12 @@ def reg(register: R, immediate: int = 0) -> Operand:
 
 
 class Builder:
-    """Collects instructions, labels and comments."""
+    """Collects instructions, labels and comments; with `chains` it joins vector instructions to chains."""
 
-    def __init__(self) -> None:
+    def __init__(self, chains: bool = False) -> None:
         """Start empty."""
+        self.chains = chains
+        self._last: Chain | None = None
         self._ops: list[tuple[str, dict[str, Value]]] = []
         self._targets: dict[int, str] = {}
         self._labels: dict[str, int] = {}
@@ -82,13 +90,49 @@ class Builder:
 
     def add(self, name: str, **values: Value) -> None:
         """Append an instruction; integers stand for immediate operands."""
+        chain = chain_of(name, values) if self.chains else None
+        whole = joined(self._last, chain) if self._last is not None and chain is not None else None
+        if whole is not None and chain is not None:
+            self._join(whole, named=chain.dst is not None)
+            return
+        self._last = chain
         if self._note:
             self._comments[len(self._ops)] = self._note
             self._note = ""
         self._ops.append((name, values))
 
+    def each(self, items: Iterable[Item], *steps: Callable[[Item], None]) -> None:
+        """Append the steps of every item.
+
+        Each step for all items, so that one's latency passes while the others compute; as chains, where all steps of
+        an item are one instruction, item by item.
+        """
+        items = list(items)
+        if self.chains:
+            for item in items:
+                for step in steps:
+                    step(item)
+            return
+        for step in steps:
+            for item in items:
+                step(item)
+
+    def _join(self, whole: Chain, named: bool) -> None:
+        """Replace the last instruction; `named`: a pending comment is this one's, not the next one's."""
+        at = len(self._ops) - 1
+        if whole.constant is not None and (self._last is None or self._last.constant is None):
+            self._ops.insert(at, ("sli", {"rd": int(R.FACTOR), "value": whole.constant - (whole.constant >> 31 << 32)}))
+            if at in self._comments:
+                self._comments[at + 1] = self._comments.pop(at)
+            at += 1
+        self._ops[at] = ("vchain", whole.values(int(R.FACTOR)))
+        if self._note and named:
+            self._comments[at], self._note = self._note, ""
+        self._last = whole
+
     def label(self, name: str) -> None:
-        """Name the next instruction."""
+        """Name the next instruction, which joins none before it."""
+        self._last = None
         self._labels[name] = len(self._ops)
 
     def fresh(self, name: str) -> str:

@@ -97,7 +97,7 @@ def emit(module: ModuleOp, machine: Machine, memory: MemoryPlan, fmt: Format) ->
 def _program(module: ModuleOp, machine: Machine, memory: MemoryPlan, fmt: Format, tokens: Tokens | None) -> Program:
     """The instructions, with or without blocks of a prompt's tokens."""
     program, source = program_of(module), source_of(module)
-    build = Builder()
+    build = Builder(machine.vector.chains)
     if source is not None:
         _emit_source(_emission(build, source, machine, memory, fmt), source)
     e = _emission(build, program, machine, memory, fmt)
