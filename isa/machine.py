@@ -50,6 +50,12 @@ class Matrix:
 class Vector:
     """The vector register file and the vector unit."""
 
+    chains: bool = field(
+        metadata={
+            "note": "the unit has vchain, and compiled programs use it; else it traps ILLEGAL",
+            "contract": True,
+        }
+    )
     words: int = _param("float32 words in the register file", 256, 524287, contract=True)
     align: int = _param("word alignment of a vector's base", 1, 128, contract=True, power=True)
     segments: int = _param("hazard segments of the register file", 8, 256, power=True)
@@ -61,12 +67,6 @@ class Vector:
     unary_latency: int = _param("cycles more of an instruction with a unary function", 0, 64)
     reduce_latency: int = _param("cycles from an element's result into a reduction's tree", 0, 64)
     add_latency: int = _param("cycles of one level of a reduction's tree", 1, 64)
-    chains: bool = field(
-        metadata={
-            "note": "the unit has vchain, and compiled programs use it; else it traps ILLEGAL",
-            "contract": True,
-        }
-    )
 
 
 @dataclass(frozen=True)

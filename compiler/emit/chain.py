@@ -100,10 +100,9 @@ def joined(first: Chain, second: Chain) -> Chain | None:
         if shifted is None:
             return None
         first = shifted
-    if second.b_from is not Source.IMMEDIATE and not _apart(second, first.dst):
+    if not _apart(second, second.dst):
         return None
-    operation = {"operation": second.operation, "b_from": second.b_from, "b": second.b, "imm": second.imm}
-    return replace(first, **operation, function=second.function)  # type: ignore[arg-type]
+    return replace(first, operation=second.operation, b_from=second.b_from, b=second.b, imm=second.imm)
 
 
 def _exchanged(chain: Chain) -> Chain:
@@ -118,12 +117,13 @@ def _factor(chain: Chain) -> Chain | None:
     if chain.operation is not Operation.MUL or chain.b_from is Source.VECTOR or chain.scaled:
         return None
     word = chain.b_from is Source.WORD
-    moved = {"factor": chain.b} if word else {"constant": chain.imm}
-    return replace(chain, operation=Operation.NONE, b_from=Source.VECTOR, b=_ZERO, imm=0, **moved)  # type: ignore[arg-type]
+    return Chain(chain.a, chain.n, chain.dst, chain.b if word else None, None if word else chain.imm)
 
 
 def _apart(chain: Chain, dst: Operand) -> bool:
     """Whether a chain's second operand surely has no word in common with what it writes at `dst`."""
+    if chain.b_from is Source.IMMEDIATE:
+        return True
     if chain.b.register != dst.register or chain.n.register:
         return False
     n = chain.n.immediate
