@@ -79,6 +79,7 @@ def back_passes(
             machine.column_block,
             machine.matrix.vectors,
             _group_rows(machine),
+            machine.vector.chains,
         ),
     ]
 

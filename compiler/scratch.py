@@ -29,6 +29,7 @@ class Limits:
     context: int
     devices: int
     vectors: int = 16
+    chains: bool = False
 
     def round(self, words: int) -> int:
         """Words rounded up to the alignment of a vector's base."""
@@ -121,5 +122,9 @@ def _attention(op: dev.AttentionOp | AttendOp, limits: Limits) -> list[dict[str,
         running = {name: rows for name in ("running_maximum", "running_sum", "correction")}
         running["part"] = rows * int(op.pad.value.data)
         return [{"scale": 1, "maximum": rows, "sum": rows, "scores": rows * limits.attention_block} | running]
-    each = {"maximum": rows, "sum": rows, "scores": rows * limits.round(context)}
-    return [{"scale": 1}, *({f"{name}{head}": words for name, words in each.items()} for head in range(taken.keys))]
+    each = {"maximum": rows, "sum": 0 if limits.chains else rows, "scores": rows * limits.round(context)}
+    heads = ({f"{name}{head}": words for name, words in each.items()} for head in range(taken.keys))
+    if not limits.chains:
+        return [{"scale": 1}, *heads]
+    lines = taken.keys * rows
+    return [{"scale": 1}, {"sum": lines}, {"part": lines * int(op.pad.value.data)}, *heads]

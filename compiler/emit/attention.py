@@ -241,6 +241,17 @@ def _single_block(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, pi
     length, patch = (reg(R.BLOCK_LENGTH), reg(R.PATCH)) if windowed else (shape.length, reg(R.POSITION))
     first, rows, heads = piece * shape.taken.rows, shape.taken.of_piece(piece, shape.group), range(count)
     lines = [(head, row) for head in heads for row in range(rows)]
+    # With chains, sums and quotients are apart from what products with V wait for; the bits are the same.
+    apart = e.limits.chains
+    in_product = rows == 1 and not apart
+
+    def total(head: int) -> int:
+        return s["sum"] + head * rows if apart else s[f"sum{head}"]
+
+    def part(head: int, row: int) -> Operand:
+        out = _query(shape, shape.out, head, first + row)
+        return Operand(0, s["part"] + (head * rows + row) * shape.pad) if apart else out
+
     for head in heads:
         line, _ = _lines(e, op, head)
         if windowed:
@@ -255,56 +266,48 @@ def _single_block(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, pi
     for head in heads:
         _clear(e, shape, s[f"scores{head}"], rows)
     scores = [(_seen(shape, s[f"scores{h}"] + row * shape.stride), s[f"maximum{h}"] + row) for h, row in lines]
-    sums = [(s[f"scores{h}"] + row * shape.stride, s[f"sum{h}"] + row) for h, row in lines]
+    sums = [(s[f"scores{h}"] + row * shape.stride, total(h) + row) for h, row in lines]
     _softmax(e, scores, length, sums, shape.length)
-    for head in heads:
-        build.add("vunary", function=int(Function.RECIP), dst=s[f"sum{head}"], a=s[f"sum{head}"], n=rows)
+    for head in range(1 if apart else count):
+        n = len(lines) if apart else rows
+        build.add("vunary", function=int(Function.RECIP), dst=total(head), a=total(head), n=n)
     for head in heads:
         _, line = _lines(e, op, head)
         if windowed:
             build.add("sadd", rd=int(R.T2), a=line, b=reg(R.V_LINE))
             line = reg(R.T2)
-        scaled: dict[str, int] = {"scaling": int(Scale.WORD), "scale": s[f"sum{head}"]}
+        scaled: dict[str, int] = {"scaling": int(Scale.WORD), "scale": total(head)} if in_product else {}
         build.add(
-            "matmul", format=int(e.format), region=_KV, dst=_query(shape, shape.out, head, first),
+            "matmul", format=int(e.format), region=_KV, dst=part(head, 0),
             src=_seen(shape, s[f"scores{head}"]), k=length, n=shape.size, line=line, outer=1,
-            **shape.patch(Patch.LANE, head, patch), **(scaled if rows == 1 else {}),
+            **shape.patch(Patch.LANE, head, patch), **scaled,
             **_value_rows(shape, rows, shape.pad),
         )  # fmt: skip
-    if rows > 1:
+    if not in_product:
         for head, row in lines:
             out = _query(shape, shape.out, head, first + row)
-            build.add("vmul", b_from=_WORD, dst=out, a=out, b=s[f"sum{head}"] + row, n=shape.size)
+            build.add("vmul", b_from=_WORD, dst=out, a=part(head, row), b=total(head) + row, n=shape.size)
 
 
 def _softmax(
-    e: Emission,
-    scores: list[tuple[Operand, int]],
-    length: Operand,
-    sums: list[tuple[int, int]],
-    total: Operand,
+    e: Emission, scores: list[tuple[Operand, int]], length: Operand, sums: list[tuple[int, int]], total: Operand
 ) -> None:
-    """exp(score - maximum) in place of each row of scores, given with its maximum, and each row's sum.
+    """exp(score - maximum) in place of each row of scores, given with its maximum, then each row's sum.
 
-    `sums` has a row's first word and its sum's; `total` words of it count, `length` are computed.
+    `sums` has a row's first word and its sum's; `total` words of it count, `length` are computed. Sums have a pass of
+    their own: products with V need not wait for them.
     """
     build = e.build
 
-    def subtract(row: int) -> None:
-        build.add("vsub", b_from=_WORD, dst=scores[row][0], a=scores[row][0], b=scores[row][1], n=length)
+    def subtract(row: tuple[Operand, int]) -> None:
+        build.add("vsub", b_from=_WORD, dst=row[0], a=row[0], b=row[1], n=length)
 
-    def exponential(row: int) -> None:
-        build.add("vunary", function=int(Function.EXP), dst=scores[row][0], a=scores[row][0], n=length)
+    def exponential(row: tuple[Operand, int]) -> None:
+        build.add("vunary", function=int(Function.EXP), dst=row[0], a=row[0], n=length)
 
-    def total_up(row: int) -> None:
-        build.add("vsum", dst=sums[row][1], a=sums[row][0], n=total)
-
-    rows = range(len(scores))
-    if length == total:
-        build.each(rows, subtract, exponential, total_up)
-    else:
-        build.each(rows, subtract, exponential)
-        build.each(rows, total_up)
+    build.each(scores, subtract, exponential)
+    for first, result in sums:
+        build.add("vsum", dst=result, a=first, n=total)
 
 
 def _value_rows(shape: _Shape, rows: int, pad: int) -> dict[str, int]:

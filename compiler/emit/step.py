@@ -125,8 +125,9 @@ def _emission(
         raise TypebarError("the program has no registers: run the pass allocate first")
     step, words = int(program.step.value.data), machine.vector.words
     limits = Limits(
-        words, align, step, machine.attention_block, machine.column_block, context, devices, machine.matrix.vectors
-    )
+        words, align, step, machine.attention_block, machine.column_block, context, devices, machine.matrix.vectors,
+        machine.vector.chains,
+    )  # fmt: skip
     _check_gathers(program, machine)
     return Emission(build, machine, memory, limits, fmt, program)
 

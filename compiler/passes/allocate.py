@@ -42,6 +42,7 @@ class AllocatePass(ModulePass):
     column_block: int = 512
     vectors: int = 16
     group_rows: int = 2
+    chains: bool = False
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         """Set `at` and `scratch` everywhere, the head's `chunk` and the program's `step`.
@@ -60,8 +61,9 @@ class AllocatePass(ModulePass):
         for chunk in _chunks(head.words, self.column_block) if isinstance(head, dev.HeadOp) else (0,):
             for step, together in (*((self.segment, made) for made in WAYS), (align, apart)):
                 limits = Limits(
-                    self.words, align, step, self.attention_block, self.column_block, context, devices, self.vectors
-                )
+                    self.words, align, step, self.attention_block, self.column_block, context, devices, self.vectors,
+                    self.chains,
+                )  # fmt: skip
                 slots = _slots(program, limits, chunk)
                 lowest = place(together(slots), limits.step_of)
                 if lowest > self.words:
