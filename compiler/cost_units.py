@@ -25,7 +25,6 @@ from typebar.isa.timing import (
     S_OUTER_BYTES,
     SSTORE,
     STORE,
-    VSUM,
     X_FORMAT,
     X_FULL,
     X_INNER,
@@ -66,9 +65,10 @@ class Units:
         self.free: list[float] = [0] * _UNITS
         self.done: list[float] = [0] * _UNITS
         self.starts: list[deque[float]] = [deque(maxlen=p.queue_depth) for _ in range(_UNITS)]
-        self.written: list[tuple[float, int, int, int]] = [(0, 0, 0, -1)] * segments
+        self.written: list[tuple[float, int, bool, int]] = [(0, 0, False, -1)] * segments
         self.read_by: list[list[float]] = [[0] * segments for _ in range(_UNITS)]
-        self.reduced: tuple[float, float] = (0, 0)
+        self.left: float = 0
+        self.reduced: tuple[float, int, bool] = (0, 0, False)
         self.stored: dict[int, float] = {}
         self.stores: deque[tuple[int, int, float]] = deque(maxlen=_STORES)
         self.eaten: deque[tuple[int, int, float, float]] = deque()
@@ -99,7 +99,8 @@ class Units:
         self.starts = [deque((time + after for time in queue), queue.maxlen) for queue in self.starts]
         self.written = [(time + after, *rest) for time, *rest in self.written]  # type: ignore[misc]
         self.read_by = [[time + after for time in clocks] for clocks in self.read_by]
-        self.reduced = (self.reduced[0] + after, self.reduced[1])
+        self.left += after
+        self.reduced = (self.reduced[0] + after, *self.reduced[1:])
         self.stored = {region: time + after for region, time in self.stored.items()}
         self.eaten = deque((a + more, b + more, x + after, y + after) for a, b, x, y in self.eaten)
         for name in self.terms:
@@ -129,14 +130,16 @@ class Units:
             found.append((first // size, (first + words - 1) // size, self.accesses[i, 2], row))
         return found
 
-    def begin(self, unit: int, ranges: Ranges, ready: float = 0, late: int = 0) -> float:
+    def begin(self, unit: int, ranges: Ranges, ready: float = 0) -> float:
         """When an instruction starts: after its issue, its unit's last one, and what its operands wait for."""
         ready = max(ready, self.time, self.free[unit])
         for first, last, written, row in ranges:
             for segment in range(first, last + 1):
-                done, writer, reduction, first_row = self.written[segment]
+                done, writer, late, first_row = self.written[segment]
                 if done > ready:
-                    ordered = writer == unit and reduction <= late if written else unit == _VECTOR and first_row == row
+                    ordered = unit == _VECTOR and first_row == row
+                    if written:
+                        ordered = writer == unit and (written == timing.LATE or not late)
                     ready = ready if ordered else done
                 if written:
                     for other in (_MATRIX, _VECTOR, _MEMORY, _RING):
@@ -145,13 +148,14 @@ class Units:
         self.starts[unit].append(ready)
         return ready
 
-    def finish(self, unit: int, ranges: Ranges, done: float, late: int = 0, row: int = -1) -> float:
+    def finish(self, unit: int, ranges: Ranges, done: float, row: int = -1) -> float:
         """Note when an instruction is done, in order in its unit."""
         done = self.done[unit] = max(done, self.done[unit])
         for first, last, written, _ in ranges:
             for segment in range(first, last + 1):
                 if written:
-                    self.written[segment] = (done, unit, late, row)
+                    late = written == timing.LATE
+                    self.written[segment] = (done, unit, late, -1 if late else row)
                 else:
                     self.read_by[unit][segment] = done
         return done
@@ -159,17 +163,24 @@ class Units:
     # Units ------------------------------------------------------------------------------------------------
     def vector(self, opcode: int, modifiers: Sequence[int], values: Sequence[int]) -> float:
         """A vector instruction."""
-        p, late = self.p, int(opcode >= VSUM)
+        p = self.p
         ranges = self.ranges(timing.vector_accesses(opcode, modifiers, values, self.accesses))
-        occupancy = timing.vector_occupancy(p, timing.vector_count(opcode, values))
-        latency = timing.vector_latency(p, opcode, occupancy)
-        after = self.reduced[0] if late and latency < self.reduced[1] else 0
-        self.free[_VECTOR] = self.begin(_VECTOR, ranges, after, late) + occupancy
+        rows = timing.vector_rows(p, timing.vector_count(opcode, values))
+        reduces, squares = timing.vector_reduces(opcode, modifiers), timing.takes_squares(opcode, modifiers)
+        order = (timing.row_levels(rows), squares)
+        latency, after = timing.element_latency(p, opcode, modifiers), 0.0
+        if reduces and (order[0] < self.reduced[1] or order[1] < self.reduced[2]):
+            after = self.reduced[0]
+        start = self.begin(_VECTOR, ranges, max(after, self.left - latency))
+        occupancy = timing.vector_occupancy(opcode, modifiers, rows)
+        self.free[_VECTOR] = start + occupancy
+        self.left = start + occupancy + latency
         self.terms["vector"] += occupancy
-        row = timing.row_written(p, opcode, values, occupancy)
-        done = self.finish(_VECTOR, ranges, self.free[_VECTOR] + latency, late, row)
-        if late:
-            self.reduced = (done, latency)
+        row = timing.row_written(p, opcode, modifiers, values, rows)
+        done = start + occupancy + timing.vector_latency(p, opcode, modifiers, rows)
+        done = self.finish(_VECTOR, ranges, done, row)
+        if reduces:
+            self.reduced = (done, *order)
         return done
 
     def memory(self, opcode: int, modifiers: Sequence[int], values: Sequence[int]) -> float:
