@@ -27,7 +27,8 @@ class DeviceOp(IRDLOperation):
 class Valued(DeviceOp):
     """An operation with one vector as its result; `at` and `scratch` are word addresses, set by `allocate`.
 
-    Those with `rows_` before them hold for blocks of a prompt's tokens (`typebar.compiler.rows`).
+    Those with `rows_` or `next_` before them hold for the first or the second group of a block of a prompt's tokens
+    (`typebar.compiler.rows`).
     """
 
     out = result_def(TensorType)
@@ -35,6 +36,8 @@ class Valued(DeviceOp):
     scratch = opt_prop_def(IntegerAttr)
     rows_at = opt_prop_def(IntegerAttr)
     rows_scratch = opt_prop_def(IntegerAttr)
+    next_at = opt_prop_def(IntegerAttr)
+    next_scratch = opt_prop_def(IntegerAttr)
     traits = traits_def(Pure())
     assembly_format = FORMAT
 

@@ -80,6 +80,8 @@ def back_passes(
             machine.matrix.vectors,
             _group_rows(machine),
             machine.vector.chains,
+            machine.peak_macs,
+            machine.vector.lanes,
         ),
     ]
 

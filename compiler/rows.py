@@ -1,15 +1,14 @@
 """How a prompt's tokens go side by side: what of a step is computed for several at once, and how values then lie.
 
 `Tokens` of a block go through every operation in groups; the tokens of a group are rows of one matrix instruction, and
-groups follow one another operation by operation, so that one group's vectors and gathers overlap with another's
-products. A value that depends on the token has a row for each, others are shared. Only the last token of a prompt
+one group's vectors and gathers overlap with another's products (`typebar.compiler.schedule`). A value that depends on
+the token has a row for each, in a place of its own for each group; others are shared. Only the last token of a prompt
 needs what stands after the last attention: the *tail* of a step.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from xdsl.dialects.builtin import IndexType
@@ -22,8 +21,6 @@ from typebar.compiler.scratch import Limits, positions_of
 
 MAX_GROUPS = 2
 """Groups that the emitter has registers for."""
-LAG = 1
-"""Operations by which the second group is behind the first."""
 HEADS_ALTERNATING = 2
 """K/V heads whose scores have places of their own, so that one's softmax passes while the other's product runs."""
 
@@ -81,42 +78,6 @@ def needed(program: dev.ProgramOp) -> list[Operation]:
     ]
 
 
-def schedule(ops: Sequence[Operation], groups: int) -> list[tuple[Operation, int]]:
-    """The order in which operations of a block (no loops) go through the groups: the second group lags `LAG` behind.
-
-    So one group's products run while the vector unit and the ring work for the other. What all tokens share, and loops,
-    come once.
-    """
-    order: list[tuple[Operation, int]] = []
-    waiting: deque[Operation] = deque()
-
-    def follow(lag: int) -> None:
-        while len(waiting) > lag:
-            order.append((waiting.popleft(), 1))
-
-    for op in ops:
-        if isinstance(op, ir.RepeatOp):
-            follow(0)
-        order.append((op, 0))
-        if groups > 1 and op.results and not isinstance(op, ir.RepeatOp) and not shared(op.results[0]):
-            waiting.append(op)
-        follow(LAG)
-    follow(0)
-    return order
-
-
-def last_parts(ops: Sequence[Operation], groups: int) -> dict[Operation, Operation]:
-    """For each operation of a block that goes through the second group later, the last one started before that."""
-    found: dict[Operation, Operation] = {}
-    latest = None
-    for op, group in schedule(ops, groups):
-        if group == 0:
-            latest = op
-        elif latest is not None:
-            found[op] = latest
-    return found
-
-
 def shared(value: SSAValue) -> bool:
     """Whether a value is the same for all tokens of a block."""
     owner = value.owner
@@ -147,22 +108,13 @@ class Layout:
         """From one row of a value to the next."""
         return self.limits.round(ir.width(value))
 
-    def group_stride(self, value: SSAValue) -> int:
-        """From one group's rows to the next group's: 0 for shared values."""
-        return 0 if shared(value) else self._apart(self.tokens.rows * self.stride(value))
-
     def words(self, value: SSAValue) -> int:
-        """The whole value."""
-        rows = 1 if shared(value) else self.tokens.rows
-        return (self.tokens.groups - 1) * self.group_stride(value) + rows * self.stride(value)
+        """A group's rows of a value, or the one of a shared value."""
+        return (1 if shared(value) else self.tokens.rows) * self.stride(value)
 
     def step(self, words: int) -> int:
         """Places of so many words start at a multiple of this: what fills half a hazard segment has its own."""
         return self.limits.step if 2 * words >= self.limits.step else self.limits.align
-
-    def _apart(self, words: int) -> int:
-        step = self.step(words)
-        return -(-words // step) * step
 
     @property
     def own_rows(self) -> int:
@@ -228,13 +180,20 @@ def per_token_bias(op: dev.AttentionOp | AttendOp) -> bool:
     return op.bias is not None and not shared(op.bias)
 
 
-def place_of(value: SSAValue, prefix: str) -> int:
-    """A value's word address: in the step for one token, or with the prefix `rows_` in blocks.
+PREFIXES = ("", "rows_", "next_")
+"""Before the names of attributes with places: in the step for one token, and in the groups of a block."""
 
-    Only after `allocate`.
-    """
+
+def place_of(value: SSAValue, group: int | None = None) -> int:
+    """A value's word address: in the step for one token, or in a group of a block. Only after `allocate`."""
+    prefix = PREFIXES[0 if group is None else 1 if shared(value) else 1 + group]
     owner = value.owner.parent_op() if isinstance(value.owner, Block) else value.owner
     assert isinstance(value, BlockArgument | OpResult) and isinstance(owner, Operation)
     if isinstance(owner, ir.RepeatOp):
         return int(owner.attributes[f"{prefix}at{value.index}"].value.data)  # type: ignore[attr-defined]
     return int(owner.properties[f"{prefix}at"].value.data)  # type: ignore[attr-defined]
+
+
+def scratch_at(op: Operation, group: int) -> int:
+    """Word address of an operation's scratch space for a group of a block. Only after `allocate`."""
+    return int(op.properties[f"{PREFIXES[1 + group]}scratch"].value.data)  # type: ignore[attr-defined]

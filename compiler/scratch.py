@@ -19,6 +19,7 @@ class Limits:
     """What allocation must know of the machine and the program: sizes in words.
 
     Places start at multiples of `step`: a hazard segment, or the register alignment where segments are too few.
+    `macs` multiply-accumulates and `lanes` vector elements a cycle are all that an order of operations is chosen by.
     """
 
     words: int
@@ -30,6 +31,8 @@ class Limits:
     devices: int
     vectors: int = 16
     chains: bool = False
+    macs: int = 2048
+    lanes: int = 16
 
     def round(self, words: int) -> int:
         """Words rounded up to the alignment of a vector's base."""

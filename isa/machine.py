@@ -163,6 +163,11 @@ class Machine:
         return self.matrix.interleave * self.matrix.columns
 
     @property
+    def peak_macs(self) -> int:
+        """Multiply-accumulates that the matrix unit does in a cycle: rows x columns x lanes."""
+        return self.matrix.rows * self.matrix.columns * self.matrix.lanes
+
+    @property
     def fifo_rows(self) -> int:
         """Rows the run-ahead FIFO holds."""
         return self.hbm.fifo_bytes // self.row_bytes

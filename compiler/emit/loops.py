@@ -14,22 +14,30 @@ from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import Region
 
 
+def layer_strides(e: Emission, loop: ir.RepeatOp) -> dict[Region, int]:
+    """Lines from one layer to the next in the regions that a loop's body reads.
+
+    Raises:
+        TypebarError: tensors whose layers no one loop can follow.
+    """
+    steps = strides(loop.body.block, e.memory.places)
+    for op in loop.walk():
+        cache = e.memory.caches.get(op)
+        if cache is not None and cache.layer_stride:
+            steps[Region.KV] = cache.layer_stride
+    return steps
+
+
 def emit_loop(
-    e: Emission, loop: ir.RepeatOp, emit: Callable[[list[Operation]], None], copy: Callable[[SSAValue, int], None]
+    e: Emission, loop: ir.RepeatOp, emit: Callable[[list[Operation]], None], copy: Callable[[SSAValue, SSAValue], None]
 ) -> None:
-    """The loop; `emit` emits the operations of its body, and `copy` a copy of a value to a word address.
+    """The loop; `emit` emits the operations of its body, and `copy` a copy of a value to another's place.
 
     Raises:
         TypebarError: a loop inside the loop, or tensors whose layers no one loop can follow.
     """
-    build, body = e.build, loop.body.block
-    steps = strides(body, e.memory.places)
-    for op in (inner for item in body.ops for inner in item.walk()):
-        cache = e.memory.caches.get(op)
-        if cache is not None and cache.layer_stride:
-            steps[Region.KV] = cache.layer_stride
-    homes = [e.address(value) for value in loop.outs]
-    for value, home in zip(loop.inits, homes, strict=True):
+    build, body, steps = e.build, loop.body.block, layer_strides(e, loop)
+    for value, home in zip(loop.inits, loop.outs, strict=True):
         copy(value, home)
     for region in steps:
         build.constant(REGION_REGISTER[region], 0)
@@ -42,7 +50,7 @@ def emit_loop(
     if any(isinstance(op, ir.RepeatOp) for op in inside):
         raise TypebarError("a loop inside a loop has no form here: run reroll once only")
     emit(inside)
-    for value, home in zip(last.values, homes, strict=True):
+    for value, home in zip(last.values, loop.outs, strict=True):
         copy(value, home)
     e.in_loop = False
     for region, stride in steps.items():

@@ -7,7 +7,7 @@ goes through as a generated one does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from xdsl.ir import Operation, SSAValue
@@ -17,12 +17,14 @@ from typebar.compiler import ir
 from typebar.compiler.device_source import AttendOp
 from typebar.compiler.emit import rows
 from typebar.compiler.emit.builder import R, reg
-from typebar.compiler.emit.loops import emit_loop
+from typebar.compiler.emit.loops import emit_loop, layer_strides
 from typebar.compiler.emit.rows import RowsEmission
 from typebar.compiler.emit.rows_attention import emit_attention
-from typebar.compiler.emit.vectors import emit_load
-from typebar.compiler.rows import crossing, needed, place_of, schedule, shared
+from typebar.compiler.emit.vectors import REGION_REGISTER, emit_load
+from typebar.compiler.rows import crossing, needed, place_of, shared
+from typebar.compiler.schedule import Part, Turns, schedule
 from typebar.isa.errors import TypebarError
+from typebar.isa.instructions import Region
 
 _EMITTERS: dict[type[Operation], Callable[[RowsEmission, Any], None]] = {
     AttendOp: emit_attention,
@@ -76,39 +78,81 @@ def _last_token(e: RowsEmission, program: dev.ProgramOp) -> None:
     build, tokens = e.build, e.layout.tokens
     build.label("last")
     build.note("the last token's row")
-    for value in crossing(program):
-        if shared(value):
-            continue
-        stride, between = e.layout.stride(value), e.layout.group_stride(value)
-        build.add("smul", rd=int(R.OFFSET), a=reg(R.T1), b=build.any_size(stride, R.T0))
-        if tokens.groups > 1 and between != tokens.rows * stride:
-            first = build.fresh("first")
-            build.branch("blt", first, reg(R.T1), tokens.rows)
-            build.increase(R.OFFSET, between - tokens.rows * stride)
-            build.label(first)
-        build.add("vmov", dst=place_of(value, ""), b=reg(R.OFFSET, e.address(value)), n=ir.width(value))
+    values = [value for value in crossing(program) if not shared(value)]
+
+    def copy(group: int) -> None:
+        for value in values:
+            stride, start = e.layout.stride(value), place_of(value, group)
+            build.add("smul", rd=int(R.OFFSET), a=reg(R.T1), b=build.any_size(stride, R.T0))
+            build.add("vmov", dst=place_of(value), b=reg(R.OFFSET, start), n=ir.width(value))
+
+    if tokens.groups > 1:
+        first, copied = build.fresh("first"), build.fresh("copied")
+        build.branch("blt", first, reg(R.T1), tokens.rows)
+        build.increase(R.T1, -tokens.rows)
+        copy(1)
+        build.branch("beq", copied, 0, 0)
+        build.label(first)
+        copy(0)
+        build.label(copied)
+    else:
+        copy(0)
     build.add("sadd", rd=int(R.POSITION), a=reg(R.LAST), b=0)
     build.add("sadd", rd=int(R.LENGTH), a=reg(R.LAST, 1), b=0)
 
 
 def _emit(e: RowsEmission, ops: list[Operation], node: Callable[[Operation], str]) -> None:
-    """Operations in the order in which they go through the groups; the second group may have no tokens."""
-    for op, group in schedule(ops, e.layout.tokens.groups):
-        if isinstance(op, ir.RepeatOp):
-            emit_loop(e, op, lambda inside: _emit(e, inside, node), lambda value, home: _copy(e, value, home))
-            continue
-        emitter = _EMITTERS.get(type(op))
-        if emitter is None:
-            raise TypebarError(f"{op.name} has no instructions: run partition and fuse first")
-        skip = e.build.fresh("absent")
-        if group:
-            e.build.branch("beq", skip, reg(R.ROWS_NEXT), 0)
-            _switch(e, op, group)
-        e.build.note(f"rows of {node(op)}")
-        emitter(e, op)
-        if group:
-            _switch(e, op, 0)
-            e.build.label(skip)
+    """Operations in the order in which they go through the groups."""
+    for item in schedule(ops, e.layout):
+        if isinstance(item, Part):
+            _emit_part(e, item, node, {})
+        else:
+            _emit_turns(e, item, node)
+
+
+def _emit_turns(e: RowsEmission, item: Turns, node: Callable[[Operation], str]) -> None:
+    """A loop, and what is left of its last layer."""
+    steps = layer_strides(e, item.loop)
+
+    def emit(parts: Iterable[Part]) -> None:
+        for part in parts:
+            _emit_part(e, part, node, steps)
+
+    emit_loop(e, item.loop, lambda _: emit(item.turn), lambda value, home: _copy(e, value, home))
+    e.in_loop = True
+    emit(item.rest)
+    e.in_loop = False
+
+
+def _emit_part(e: RowsEmission, part: Part, node: Callable[[Operation], str], steps: Mapping[Region, int]) -> None:
+    """An operation for a group. The second may have no tokens, and a late part no layer before the loop's first."""
+    op, build = part.op, e.build
+    emitter = _EMITTERS.get(type(op))
+    if emitter is None:
+        raise TypebarError(f"{op.name} has no instructions: run partition and fuse first")
+    skip = build.fresh("absent")
+    if part.group:
+        build.branch("beq", skip, reg(R.ROWS_NEXT), 0)
+    if part.late:
+        build.branch("beq", skip, reg(R.LAYER), 0)
+        _shift(e, op, steps, -1)
+    if part.group:
+        _switch(e, op, part.group)
+    build.note(f"rows of {node(op)}")
+    emitter(e, op)
+    if part.group:
+        _switch(e, op, 0)
+    if part.late:
+        _shift(e, op, steps, 1)
+    if part.group:
+        build.label(skip)
+
+
+def _shift(e: RowsEmission, op: Operation, steps: Mapping[Region, int], layers: int) -> None:
+    """Go over to another layer, in the registers that the operation reads."""
+    for region, stride in steps.items():
+        if (region is Region.KV) == isinstance(op, dev.AttentionOp | AttendOp):
+            e.build.increase(REGION_REGISTER[region], layers * stride)
 
 
 def _switch(e: RowsEmission, op: Operation, group: int) -> None:
@@ -120,7 +164,8 @@ def _switch(e: RowsEmission, op: Operation, group: int) -> None:
     e.group = group
 
 
-def _copy(e: RowsEmission, value: SSAValue, home: int) -> None:
+def _copy(e: RowsEmission, value: SSAValue, home: SSAValue) -> None:
     """All rows of a value to the place of another one like it."""
-    if place_of(value, "rows_") != home:
-        e.build.add("vmov", dst=home, b=place_of(value, "rows_"), n=e.layout.words(value))
+    for group in range(e.layout.tokens.groups):
+        if place_of(value, group) != place_of(home, group):
+            e.build.add("vmov", dst=place_of(home, group), b=place_of(value, group), n=e.layout.words(value))

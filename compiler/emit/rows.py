@@ -14,7 +14,7 @@ from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
 from typebar.compiler.emit.builder import R, reg
 from typebar.compiler.emit.vectors import Emission, add_line, epilogue, immediate
-from typebar.compiler.rows import Layout, place_of, ranked, shared
+from typebar.compiler.rows import Layout, place_of, ranked, scratch_at, shared
 from typebar.isa.instructions import FORMAT_BYTES, Format, Function, Region, Source
 from typebar.isa.machine import LINE_BYTES
 from typebar.isa.program import Operand
@@ -31,7 +31,7 @@ class RowsEmission(Emission):
 
     def address(self, value: SSAValue) -> int:
         """Word address of the group's first row of a value, or of a shared one."""
-        return place_of(value, "rows_") + self.group * self.layout.group_stride(value)
+        return place_of(value, self.group)
 
     def row(self, value: SSAValue, row: int) -> int:
         """Word address of one of the group's rows."""
@@ -39,7 +39,7 @@ class RowsEmission(Emission):
 
     def scratch(self, op: Operation, chunk: int = 0) -> dict[str, int]:
         """Word addresses of an operation's scratch vectors."""
-        start = int(op.properties["rows_scratch"].value.data)  # type: ignore[attr-defined]
+        start = scratch_at(op, self.group)
         return {name: start + offset for name, offset in self.layout.scratch(op).items()}
 
     @property

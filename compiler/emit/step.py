@@ -127,6 +127,7 @@ def _emission(
     limits = Limits(
         words, align, step, machine.attention_block, machine.column_block, context, devices, machine.matrix.vectors,
         machine.vector.chains,
+        machine.peak_macs, machine.vector.lanes,
     )  # fmt: skip
     _check_gathers(program, machine)
     return Emission(build, machine, memory, limits, fmt, program)
@@ -238,9 +239,9 @@ def _node(op: Operation) -> str:
 
 
 def _emit_loop(e: Emission, loop: ir.RepeatOp) -> None:
-    def copy(value: SSAValue, home: int) -> None:
-        if e.address(value) != home:
-            e.build.add("vmov", dst=home, b=e.address(value), n=ir.width(value))
+    def copy(value: SSAValue, home: SSAValue) -> None:
+        if e.address(value) != e.address(home):
+            e.build.add("vmov", dst=e.address(home), b=e.address(value), n=ir.width(value))
 
     def emit(ops: list[Operation]) -> None:
         for op in ops:

@@ -43,6 +43,8 @@ class AllocatePass(ModulePass):
     vectors: int = 16
     group_rows: int = 2
     chains: bool = False
+    macs: int = 2048
+    lanes: int = 16
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         """Set `at` and `scratch` everywhere, the head's `chunk` and the program's `step`.
@@ -63,6 +65,7 @@ class AllocatePass(ModulePass):
                 limits = Limits(
                     self.words, align, step, self.attention_block, self.column_block, context, devices, self.vectors,
                     self.chains,
+                    self.macs, self.lanes,
                 )  # fmt: skip
                 slots = _slots(program, limits, chunk)
                 lowest = place(together(slots), limits.step_of)

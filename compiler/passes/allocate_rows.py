@@ -6,20 +6,21 @@ of a block, the last token's row, is copied to where the step for one token has 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
-from xdsl.ir import Operation, SSAValue
+from xdsl.ir import SSAValue
 
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
-from typebar.compiler.passes.slots import Slot, apart, collect, place, record
-from typebar.compiler.rows import MAX_GROUPS, Layout, Tokens, crossing, last_parts, needed, place_of, shared, split_tail
+from typebar.compiler.passes.lifetimes import Lifetimes
+from typebar.compiler.passes.slots import Slot, apart, place, record
+from typebar.compiler.rows import MAX_GROUPS, PREFIXES, Layout, Tokens, crossing, needed, place_of, shared, split_tail
 from typebar.compiler.scratch import Limits
 
 
 def allocate_rows(program: dev.ProgramOp, limits: Limits, least: int) -> None:
-    """Choose the largest blocks that fit, and set `rows_at` and `rows_scratch`; nothing if none of two tokens does.
+    """Choose the largest blocks that fit, and set each group's places; nothing if none of two tokens does.
 
     Two groups where each has `least` rows, so that reading weights for each does not hold up the matrix unit; else one.
     """
@@ -61,23 +62,15 @@ def _candidates(limits: Limits, least: int) -> Iterator[tuple[Tokens, int]]:
 
 
 def _try(program: dev.ProgramOp, layout: Layout) -> bool:
-    ops = needed(program)
-    groups = layout.tokens.groups
-
-    def late(ops: Sequence[Operation]) -> dict[Operation, Operation]:
-        return last_parts(ops, groups)
-
-    slots = collect(ops, layout.words, layout.scratch, late)
-    end = 1 + max((slot.end for slot in slots), default=0)
+    lives = Lifetimes(needed(program), layout)
     fixed = []
     for value in crossing(program):
-        if shared(value):
-            continue
-        for slot in slots:
-            if value in slot.values:
-                slot.end = end
-        fixed.append(Slot(layout.stride(value), end, end, at=place_of(value, "")))
+        if not shared(value):
+            lives.keep(value)
+            fixed.append(Slot(layout.stride(value), lives.end, lives.end, at=place_of(value)))
+    slots = [slot for group in lives.slots for slot in group]
     if place(apart(slots), layout.step, fixed) > layout.limits.words:
         return False
-    record(slots, "rows_")
+    for prefix, group in zip(PREFIXES[1:], lives.slots, strict=False):
+        record(group, prefix)
     return True

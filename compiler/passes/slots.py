@@ -10,21 +10,24 @@ from xdsl.ir import Block, Operation, OpResult, SSAValue
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
 from typebar.compiler.device_source import PhaseOp
+from typebar.compiler.schedule import in_place
 
 Words = Callable[[SSAValue], int]
 """Words of a value."""
 Scratch = Callable[[Operation], Mapping[str, int]]
 """Offsets of an operation's scratch vectors, by name, and their `total`."""
-Late = Callable[[Sequence[Operation]], Mapping[Operation, Operation]]
-"""For operations of one block, the one in whose place the last part of each is computed."""
-
+Span = tuple[int, int]
+"""First and last place in an order of operations."""
 
 _LOADS = dev.ParamOp | dev.BiasOp
 
 
 @dataclass
 class Slot:
-    """Words that are live from `start` to `end`, shared by `values`, or the scratch space of `owner`."""
+    """Words that are live from `start` to `end`, shared by `values`, or the scratch space of `owner`.
+
+    In a loop whose turns overlap they are live in other `spans` too.
+    """
 
     words: int
     start: int
@@ -32,20 +35,18 @@ class Slot:
     values: list[SSAValue] = field(default_factory=list)
     owner: Operation | None = None
     at: int = 0
+    spans: list[Span] = field(default_factory=list)
 
 
 SlotGroups = list[list[Slot]]
 """Slots that lie in a row."""
 
 
-def collect(ops: Iterable[Operation], words: Words, scratch: Scratch, late: Late | None = None) -> list[Slot]:
-    """The slots of some operations in order, the first ones of a program's block.
-
-    `late` gives, for a block's operations, those in whose place the last part of an operation is computed.
-    """
-    order: dict[Operation, tuple[int, int]] = {}
+def collect(ops: Iterable[Operation], words: Words, scratch: Scratch) -> list[Slot]:
+    """The slots of some operations in order, the first ones of a program's block."""
+    order: dict[Operation, Span] = {}
     ops = list(ops)
-    _number(ops, order, 0, late)
+    _number(ops, order, 0)
     slots: dict[SSAValue, Slot] = {}
     result: list[Slot] = []
 
@@ -81,24 +82,17 @@ def collect(ops: Iterable[Operation], words: Words, scratch: Scratch, late: Late
     return result
 
 
-def _number(
-    ops: Iterable[Operation], order: dict[Operation, tuple[int, int]], count: int, late: Late | None = None
-) -> int:
-    """Number operations in program order; a loop spans its body, and others what lies before their last part."""
-    ops = list(ops)
+def _number(ops: Iterable[Operation], order: dict[Operation, Span], count: int) -> int:
+    """Number operations in program order; a loop spans its body."""
     for op in ops:
         first = count = count + 1
         if isinstance(op, ir.RepeatOp | PhaseOp):
-            count = _number(op.body.block.ops, order, count, late) + 1
+            count = _number(op.body.block.ops, order, count) + 1
         order[op] = (first, count)
-    if late is not None:
-        numbers = dict(order)
-        for op, place in late(ops).items():
-            order[op] = (numbers[op][0], numbers[place][0])
     return count
 
 
-def _seen_from(value: SSAValue, op: Operation, order: dict[Operation, tuple[int, int]]) -> int:
+def _seen_from(value: SSAValue, op: Operation, order: dict[Operation, Span]) -> int:
     """Where a use counts: a value from outside a loop is live to the loop's end."""
     home = value.owner if isinstance(value.owner, Block) else value.owner.parent_block()
     user: Operation = op
@@ -111,7 +105,7 @@ def _seen_from(value: SSAValue, op: Operation, order: dict[Operation, tuple[int,
 
 def _loop_slots(
     loop: ir.RepeatOp,
-    order: dict[Operation, tuple[int, int]],
+    order: dict[Operation, Span],
     slots: dict[SSAValue, Slot],
     slot: Callable[[SSAValue, int], Slot],
 ) -> None:
@@ -119,7 +113,8 @@ def _loop_slots(
     body = loop.body.block
     terminator = body.last_op
     assert isinstance(terminator, ir.YieldOp)
-    for init, arg, out, end in zip(loop.inits, body.args, loop.outs, terminator.values, strict=True):
+    carried = zip(loop.inits, body.args, loop.outs, terminator.values, in_place(loop), strict=True)
+    for init, arg, out, end, fits in carried:
         only_here = len(list(init.uses)) == 1
         if init in slots and only_here and isinstance(init.owner, Operation):
             shared = slots[init]
@@ -129,11 +124,7 @@ def _loop_slots(
         for value in (arg, out):
             shared.values.append(value)
             slots[value] = shared
-        last_use = max((order[use.operation][0] for use in arg.uses if use.operation in order), default=0)
-        maker = end.owner
-        elementwise = isinstance(maker, dev.AddOp | dev.MulOp | dev.ScaleOp | dev.ActivationOp)
-        made_here = isinstance(maker, Operation) and maker.parent_block() is body
-        if made_here and end not in slots and last_use <= order[maker][0] - (0 if elementwise else 1):  # type: ignore[index]
+        if fits and end not in slots:
             shared.values.append(end)
             slots[end] = shared
 
@@ -173,9 +164,9 @@ def place(groups: SlotGroups, step_of: Callable[[int], int], fixed: Sequence[Slo
     placed: list[tuple[Slot, ...]] = [(item,) for item in fixed]
     used = 0
     for group in sorted(groups, key=lambda g: -_words(g)):
-        start, end, at = min(s.start for s in group), max(s.end for s in group), 0
+        spans, at = _spans(group), 0
         step = step_of(_words(group))
-        rivals = [p for p in placed if min(s.start for s in p) <= end and start <= max(s.end for s in p)]
+        rivals = [p for p in placed if _meet(p, spans)]
         for rival in sorted(rivals, key=lambda g: g[0].at):
             if at + _words(group) <= rival[0].at:
                 break
@@ -186,6 +177,16 @@ def place(groups: SlotGroups, step_of: Callable[[int], int], fixed: Sequence[Slo
         placed.append(tuple(group))
         used = max(used, at)
     return used
+
+
+def _spans(group: Sequence[Slot]) -> list[Span]:
+    """When some slots in a row are live: from the first's start to the last's end, and in a slot's other spans."""
+    hull = (min(s.start for s in group), max(s.end for s in group))
+    return [hull, *(span for item in group for span in item.spans)]
+
+
+def _meet(group: Sequence[Slot], spans: Sequence[Span]) -> bool:
+    return any(a <= end and start <= b for a, b in _spans(group) for start, end in spans)
 
 
 def _words(group: Sequence[Slot]) -> int:
