@@ -115,7 +115,7 @@ class Lifetimes:
         if used not in self._late:
             return [(start, self._at[used])]
         if made in self._late:
-            return [(start, self._at[used]), (self._rest[made], self._rest[used])]  # type: ignore[index]
+            return [(start, self._at[used]), (self._rest[made], self._rest[used])]
         loop = user.parent_op()
         assert loop is not None
         return [(start, self._rest[used]), (self._loops[loop][0], self._at[used])]
