@@ -87,7 +87,8 @@ class ProgramOp(DeviceOp):
     """One token on each of `devices` devices; block arguments (token, position); ends with `tbd.head`.
 
     `allocate` sets `step`: places in the register file start at multiples of so many words. A prompt goes through in
-    blocks of `groups` times `rows` tokens, with places of their own (`rows_step`), if these are set.
+    blocks of `groups` times `rows` tokens, with places of their own (`rows_step`), if these are set; `rows_last` is where
+    rows that the devices have dealt among them come together at the prompt's end.
     """
 
     name = "tbd.program"
@@ -99,6 +100,7 @@ class ProgramOp(DeviceOp):
     rows = opt_prop_def(IntegerAttr)
     groups = opt_prop_def(IntegerAttr)
     rows_step = opt_prop_def(IntegerAttr)
+    rows_last = opt_prop_def(IntegerAttr)
     body = region_def("single_block")
     assembly_format = "attr-dict-with-keyword $body"
 

@@ -82,6 +82,7 @@ def back_passes(
             machine.vector.chains,
             machine.peak_macs,
             machine.vector.lanes,
+            machine.ring.buffer_words,
         ),
     ]
 

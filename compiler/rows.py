@@ -9,7 +9,7 @@ needs what stands after the last attention: the *tail* of a step.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from xdsl.dialects.builtin import IndexType
 from xdsl.ir import Block, BlockArgument, Operation, OpResult, SSAValue
@@ -86,23 +86,70 @@ def shared(value: SSAValue) -> bool:
     return isinstance(owner, dev.ParamOp | dev.BiasOp)
 
 
-def ranked(value: SSAValue, tokens: Tokens, buffer_words: int) -> bool:
+def ranked(value: SSAValue, layout: Layout) -> bool:
     """Whether a group's gathered rows stay as one gather leaves them: by device, then by row.
 
     Sums and products with other values can read them so, piece by piece; everything else needs whole rows.
     """
     owner = value.owner
-    if not isinstance(owner, dev.GatherOp) or shared(owner.x) or tokens.rows * ir.width(owner.x) > buffer_words:
+    if not isinstance(owner, dev.GatherOp) or shared(owner.x):
+        return False
+    if layout.tokens.rows * ir.width(owner.x) > layout.limits.buffer:
         return False
     return all(isinstance(use.operation, dev.AddOp | dev.MulOp | dev.SumOp) for use in value.uses)
 
 
+def _dealt(program: dev.ProgramOp) -> frozenset[SSAValue]:
+    """Values of which a device needs the rows of its own tokens only, as all that reads them works row by row.
+
+    These are norms, what is done element by element, and what loops hand on; a norm gathers its rows if others want
+    them whole. The tail's operands are gathered once, at the prompt's end.
+    """
+    _, tail = split_tail(program)
+    ops = [op for op in program.walk() if op not in tail]
+    ties = [tie for op in ops if isinstance(op, ir.RepeatOp) for tie in _handed_on(op)]
+    makers = _ELEMENTWISE | _NORMS | dev.LookupOp
+    found = {value for op in ops if isinstance(op, makers) for value in op.results}
+    found |= {value for tie in ties for value in tie}
+
+    def fits(value: SSAValue) -> bool:
+        if any(value in tie and not found.issuperset(tie) for tie in ties):
+            return False
+        readers = [use.operation for use in value.uses if use.operation not in tail]
+        return all(
+            isinstance(op, _NORMS | ir.RepeatOp | ir.YieldOp) or (isinstance(op, _ELEMENTWISE) and op.out in found)
+            for op in readers
+        )
+
+    while unfit := {value for value in found if not fits(value)}:
+        found -= unfit
+    return frozenset(found)
+
+
+def _handed_on(loop: ir.RepeatOp) -> list[tuple[SSAValue, ...]]:
+    """The values that a loop hands on from one layer to the next, each with all that stand for it."""
+    body = loop.body.block
+    assert isinstance(body.last_op, ir.YieldOp)
+    return list(zip(loop.inits, body.args, loop.outs, body.last_op.values, strict=True))
+
+
+_ELEMENTWISE = dev.AddOp | dev.MulOp | dev.ScaleOp | dev.ActivationOp
+_NORMS = dev.LayerNormOp | dev.RmsNormOp
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Sizes in words of what a block's operations work on."""
+    """Sizes in words of what a block's operations work on; of values `dealt`, a device has its own tokens' rows only."""
 
     limits: Limits
     tokens: Tokens
+    dealt: frozenset[SSAValue] = frozenset()
+
+    @staticmethod
+    def of(program: dev.ProgramOp, limits: Limits, tokens: Tokens) -> Layout:
+        """The layout of a program's blocks."""
+        layout = Layout(limits, tokens)
+        return replace(layout, dealt=_dealt(program)) if layout.own_rows < tokens.rows else layout
 
     def stride(self, value: SSAValue) -> int:
         """From one row of a value to the next."""
@@ -110,7 +157,11 @@ class Layout:
 
     def words(self, value: SSAValue) -> int:
         """A group's rows of a value, or the one of a shared value."""
-        return (1 if shared(value) else self.tokens.rows) * self.stride(value)
+        return (1 if shared(value) else self.rows_of(value)) * self.stride(value)
+
+    def rows_of(self, value: SSAValue) -> int:
+        """Rows that a device has of a group's rows of a value."""
+        return self.own_rows if value in self.dealt else self.tokens.rows
 
     def step(self, words: int) -> int:
         """Places of so many words start at a multiple of this: what fills half a hazard segment has its own."""
@@ -118,7 +169,7 @@ class Layout:
 
     @property
     def own_rows(self) -> int:
-        """Rows of a group that one device norms: its share, if the devices share them evenly, or all."""
+        """Rows of a group that are a device's own: its share, if the devices share them evenly, or all."""
         share, rest = divmod(self.tokens.rows, self.limits.devices)
         return self.tokens.rows if rest else share
 
@@ -139,7 +190,8 @@ class Layout:
 
     def _vectors(self, op: Operation) -> dict[str, int]:
         rows = self.own_rows
-        own = {"own": rows * self.stride(op.results[0])} if op.results and rows < self.tokens.rows else {}
+        whole = rows == self.tokens.rows or not op.results or op.results[0] in self.dealt
+        own = {} if whole else {"own": rows * self.stride(op.results[0])}
         if isinstance(op, dev.LayerNormOp):
             return {"mean": rows, "variance": rows} | own
         if isinstance(op, dev.RmsNormOp):

@@ -11,38 +11,44 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from xdsl.ir import Operation
 
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
 from typebar.compiler.device_source import AttendOp
-from typebar.compiler.rows import Layout, shared
+from typebar.compiler.rows import Layout, ranked, shared
 
 LAG = 1
 """Operations by which the second group is behind the first outside of loops."""
-_GATHER_LATENCY, _PRODUCT_LATENCY, _NORM_PASSES = 250, 100, 7
-"""Rough cycles that a gather or a product takes at least, and passes over a row that a norm makes."""
+_GATHER_LATENCY, _PRODUCT_LATENCY, _HEAD_CYCLES, _NORM_PASSES = 250, 100, 500, 7
+"""Rough cycles that a gather and a product take at least, and attention for a head; passes of a norm over a row."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """An operation for one group of tokens; a `late` one is for the layer before the one that the loop is at."""
+    """An operation for one group of tokens; a `late` one is for the layer before the one that the loop is at.
+
+    In a loop it takes the cycles from `start` to `end` of a turn, roughly.
+    """
 
     op: Operation
     group: int
     late: bool = False
+    start: int = field(default=0, compare=False)
+    end: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
 class Turns:
-    """A loop over layers: the parts of a turn, and those that finish the last layer after it."""
+    """A loop over layers: the parts of a turn, those that finish the last layer after it, and a turn's rough cycles."""
 
     loop: ir.RepeatOp
     turn: tuple[Part, ...]
     rest: tuple[Part, ...]
+    cycles: int = 0
 
 
 def schedule(ops: Sequence[Operation], layout: Layout) -> list[Part | Turns]:
@@ -78,23 +84,72 @@ def _turns(loop: ir.RepeatOp, layout: Layout) -> Turns:
     chain = [op for op in ops if _grouped(op)]
     if layout.tokens.groups == 1 or len(chain) < 2 or not all(in_place(loop)):
         return Turns(loop, tuple(_straight(ops, layout.tokens.groups)), ())
-    starts = dict(zip(chain, accumulate((_cycles(op, layout) for op in chain), initial=0), strict=False))
-    total = starts[chain[-1]] + _cycles(chain[-1], layout)
-    cut = next((op for op in chain if 2 * starts[op] >= total), chain[-1])
-    late = set(chain[chain.index(cut) :])
-    times = {Part(op, 0): float(starts[op]) for op in chain}
-    times |= {Part(op, 1, op in late): float((starts[op] - starts[cut]) % total) for op in chain}
+    found = _steady(chain, layout)
+    if found is None:
+        return Turns(loop, tuple(_straight(ops, layout.tokens.groups)), ())
+    order, cycles = found
+    late = [part.op for part in order if part.late]
     for op in ops:
         if not _grouped(op):
             # Loaded while the first group is before its first user, once the second is past its last one.
             users = [user for user in chain if user in _users(op)]
-            after = max((times[Part(user, 1, True)] for user in users if user in late), default=-1.0)
             first = chain.index(users[0]) if users else 0
-            times[Part(op, 0)] = max(starts[chain[max(0, first - 1)]] - 0.5, after + 0.5)
-            if times[Part(op, 0)] > starts[chain[first]]:
+            at = order.index(Part(chain[max(0, first - 1)], 0))
+            after = [order.index(Part(user, 1, True)) + 1 for user in users if user in late]
+            at = max(at, *after, 0)
+            if at > order.index(Part(chain[first], 0)):
                 return Turns(loop, tuple(_straight(ops, layout.tokens.groups)), ())
-    turn = tuple(sorted(times, key=lambda part: times[part]))
-    return Turns(loop, turn, tuple(part for part in turn if part.late))
+            order.insert(at, Part(op, 0, False, order[at].start, order[at].start))
+    return Turns(loop, tuple(order), tuple(part for part in order if part.late), cycles)
+
+
+_TURNS = 8
+"""Turns after which the order of two groups that share a device is taken to have settled."""
+
+
+def _steady(chain: Sequence[Operation], layout: Layout) -> tuple[list[Part], int] | None:
+    """The order of a turn once it has settled, and its cycles, if the second group goes through all operations in it.
+
+    Units take what is there in order; the group that can start first goes first.
+    """
+    phases = {op: _phases(op, layout) for op in chain}
+    free = dict.fromkeys(_Unit, 0)
+    ready = [0, sum(cycles for op in chain for _, cycles in phases[op]) // 2]
+    done = [0, 0]
+    order: list[tuple[int, int]] = []
+    times: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def begin(group: int) -> tuple[int, list[int]]:
+        """When the group's next operation has the unit that it ends in, and when each of its phases ends."""
+        time, start, ends = ready[group], 0, []
+        for unit, cycles in phases[chain[done[group] % len(chain)]]:
+            start = max(time, free[unit])
+            time = start + cycles
+            ends.append(time)
+        return start, ends
+
+    while done[0] < _TURNS * len(chain):
+        group = min((0, 1), key=lambda g: begin(g)[0])
+        start, ends = begin(group)
+        for (unit, _), end in zip(phases[chain[done[group] % len(chain)]], ends, strict=True):
+            free[unit] = end
+        order.append((group, done[group]))
+        times[group, done[group]] = (start if len(ends) == 1 else ready[group], ends[-1])
+        ready[group] = ends[-1]
+        done[group] += 1
+    first = (_TURNS - 1) * len(chain)
+    turn = order[order.index((0, first)) :]
+    layers = {number // len(chain) for group, number in turn if group}
+    seconds = [number for group, number in turn if group]
+    if len(seconds) != len(chain) or max(layers) - min(layers) > 1:
+        return None
+    began = times[0, first][0]
+    parts = []
+    for group, number in turn:
+        start, end = (time - began for time in times[group, number])
+        late = group == 1 and number // len(chain) < max(layers)
+        parts.append(Part(chain[number % len(chain)], group, late, start, end))
+    return parts, began - times[0, first - len(chain)][0]
 
 
 def in_place(loop: ir.RepeatOp) -> list[bool]:
@@ -128,22 +183,33 @@ def _users(op: Operation) -> set[Operation]:
     return {use.operation for result in op.results for use in result.uses}
 
 
-def _cycles(op: Operation, layout: Layout) -> int:
-    """Roughly what an operation takes alone, in cycles."""
-    limits, rows = layout.limits, layout.tokens.rows
-    width = ir.width(op.results[0])
+class _Unit(Enum):
+    """What operations wait for one another in."""
 
-    def gather(words: int, times: int) -> int:
-        return times * max(limits.devices * words // limits.lanes, _GATHER_LATENCY)
+    MATRIX = auto()
+    VECTOR = auto()
+    MEMORY = auto()
+    RING = auto()
+
+
+def _phases(op: Operation, layout: Layout) -> list[tuple[_Unit, int]]:
+    """The units that an operation goes through, and roughly how many cycles alone."""
+    limits, rows, value = layout.limits, layout.tokens.rows, op.results[0]
+    width, own = ir.width(value), layout.rows_of(value)
+
+    def gather(words: int, times: int) -> tuple[_Unit, int]:
+        return _Unit.RING, times * max(limits.devices * words // limits.lanes, _GATHER_LATENCY)
 
     if isinstance(op, dev.MatrixOp):
-        return rows * int(op.k.value.data) * width // limits.macs + _PRODUCT_LATENCY
+        return [(_Unit.MATRIX, rows * int(op.k.value.data) * width // limits.macs + _PRODUCT_LATENCY)]
     if isinstance(op, dev.GatherOp):
-        return gather(width // limits.devices, rows)
+        words = ir.width(op.x)
+        return [gather(rows * words, 1) if ranked(value, layout) else gather(words, rows)]
     if isinstance(op, dev.LayerNormOp | dev.RmsNormOp):
-        own = layout.own_rows
-        return _NORM_PASSES * own * width // limits.lanes + (gather(own * width, 1) if own < rows else 0)
+        norm = (_Unit.VECTOR, _NORM_PASSES * layout.own_rows * width // limits.lanes)
+        return [norm, gather(layout.own_rows * width, 1)] if layout.own_rows < own else [norm]
     if isinstance(op, dev.AttentionOp | AttendOp):
-        heads = int(op.kv_heads.value.data)
-        return heads * (rows * int(op.head_dim.value.data) + 2 * _PRODUCT_LATENCY)
-    return rows * width // limits.lanes
+        heads, size = int(op.kv_heads.value.data), int(op.head_dim.value.data)
+        product = (_Unit.MATRIX, heads * _HEAD_CYCLES)
+        return [(_Unit.MEMORY, heads * rows * size), product] if isinstance(op, dev.AttentionOp) else [product]
+    return [(_Unit.VECTOR, own * width // limits.lanes)]

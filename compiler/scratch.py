@@ -19,7 +19,8 @@ class Limits:
     """What allocation must know of the machine and the program: sizes in words.
 
     Places start at multiples of `step`: a hazard segment, or the register alignment where segments are too few.
-    `macs` multiply-accumulates and `lanes` vector elements a cycle are all that an order of operations is chosen by.
+    `macs` multiply-accumulates and `lanes` vector elements a cycle are all that an order of operations is chosen by;
+    `buffer` words are the most that a device can send at once.
     """
 
     words: int
@@ -33,6 +34,7 @@ class Limits:
     chains: bool = False
     macs: int = 2048
     lanes: int = 16
+    buffer: int = 16384
 
     def round(self, words: int) -> int:
         """Words rounded up to the alignment of a vector's base."""

@@ -18,7 +18,7 @@ from typebar.compiler.device_source import AttendOp
 from typebar.compiler.emit import rows
 from typebar.compiler.emit.builder import R, reg
 from typebar.compiler.emit.loops import emit_loop, layer_strides
-from typebar.compiler.emit.rows import RowsEmission
+from typebar.compiler.emit.rows import RowsEmission, gather
 from typebar.compiler.emit.rows_attention import emit_attention
 from typebar.compiler.emit.vectors import REGION_REGISTER, emit_load
 from typebar.compiler.rows import crossing, needed, place_of, shared
@@ -83,6 +83,10 @@ def _last_token(e: RowsEmission, program: dev.ProgramOp) -> None:
     def copy(group: int) -> None:
         for value in values:
             stride, start = e.layout.stride(value), place_of(value, group)
+            if value in e.layout.dealt:
+                assert program.rows_last is not None
+                own, start = start, int(program.rows_last.value.data)
+                gather(e, start, own, e.layout.own_rows * stride)
             build.add("smul", rd=int(R.OFFSET), a=reg(R.T1), b=build.any_size(stride, R.T0))
             build.add("vmov", dst=place_of(value), b=reg(R.OFFSET, start), n=ir.width(value))
 

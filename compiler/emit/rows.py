@@ -47,6 +47,20 @@ class RowsEmission(Emission):
         """Tokens of a full group."""
         return self.layout.tokens.rows
 
+    def dealt(self, value: SSAValue) -> bool:
+        """Whether a device has only its own tokens' rows of a value."""
+        return value in self.layout.dealt
+
+    def own(self, value: SSAValue, register: R) -> R:
+        """A register with the words before this device's own rows of a value, which are 0 where it has no others."""
+        if self.dealt(value) or shared(value):
+            return R.ZERO
+        owner = value.owner
+        gathered = self.ranked(value) and isinstance(owner, dev.GatherOp)
+        row = ir.width(owner.x) if gathered else self.layout.stride(value)  # type: ignore[union-attr]
+        self.build.add("smul", rd=int(register), a=reg(R.RANK), b=self.build.any_size(self.layout.own_rows * row, R.T0))
+        return register
+
     @property
     def held(self) -> R:
         """The register with the group's number of tokens."""
@@ -59,32 +73,40 @@ class RowsEmission(Emission):
 
     def ranked(self, value: SSAValue) -> bool:
         """Whether a value lies by device, then by row."""
-        return ranked(value, self.layout.tokens, self.machine.ring.buffer_words)
+        return ranked(value, self.layout)
 
 
 # Tables ---------------------------------------------------------------------------------------------------
-def _row_loop(e: RowsEmission) -> str:
-    """Begin a loop over the group's tokens: T1 is the position, BLOCK the row and OFFSET its words; the label."""
-    build = e.build
-    build.constant(R.BLOCK, 0)
+def _row_loop(e: RowsEmission, dealt: bool = False) -> tuple[str, str]:
+    """Begin a loop over the group's tokens, or over this device's: T1 is the position, BLOCK the row.
+
+    OFFSET is the words before the row, and GROUP the row after the last. Returns the labels of loop and end.
+    """
+    build, own = e.build, e.layout.own_rows
+    label, none = build.fresh("row"), build.fresh("none")
     build.constant(R.OFFSET, 0)
-    label = build.fresh("row")
+    build.add("sadd", rd=int(R.GROUP), a=reg(e.held), b=0)
+    build.add("smul", rd=int(R.BLOCK), a=reg(R.RANK), b=own if dealt else 0)
+    if dealt:
+        build.add("smin", rd=int(R.GROUP), a=reg(R.GROUP), b=reg(R.BLOCK, own))
+        build.branch("bge", none, reg(R.BLOCK), reg(R.GROUP))
     build.label(label)
     build.add("sadd", rd=int(R.T1), a=reg(R.POSITION), b=reg(R.BLOCK))
-    return label
+    return label, none
 
 
-def _end_row_loop(e: RowsEmission, label: str, stride: int) -> None:
+def _end_row_loop(e: RowsEmission, labels: tuple[str, str], stride: int) -> None:
     e.build.increase(R.BLOCK, 1)
     e.build.increase(R.OFFSET, stride)
-    e.build.branch("blt", label, reg(R.BLOCK), reg(e.held))
+    e.build.branch("blt", labels[0], reg(R.BLOCK), reg(R.GROUP))
+    e.build.label(labels[1])
 
 
 def emit_lookup(e: RowsEmission, op: dev.LookupOp) -> None:
     """Each token's embedding row, by token or by position."""
     build, words, stride = e.build, ir.width(op.out), e.layout.stride(op.out)
     assert isinstance(op.index, BlockArgument)
-    label = _row_loop(e)
+    labels = _row_loop(e, e.dealt(op.out))
     if op.index.index == 0:
         build.add("sshl", rd=int(R.T1), a=reg(R.T1), b=2)
         build.add("sload", region=int(Region.IO), rd=int(R.T1), line=e.memory.io.tokens_line, byte=reg(R.T1))
@@ -93,18 +115,18 @@ def emit_lookup(e: RowsEmission, op: dev.LookupOp) -> None:
     add_line(e, e.memory.places[op])
     dst = reg(R.OFFSET, e.address(op.out))
     build.add("load", format=int(e.format), region=int(Region.PARAMS), dst=dst, line=reg(R.T1), n=words)
-    _end_row_loop(e, label, stride)
+    _end_row_loop(e, labels, stride)
 
 
 def emit_rotary_row(e: RowsEmission, op: dev.RotaryRowOp) -> None:
     """Each position's rotary factors."""
     place, words, stride = e.memory.places[op], ir.width(op.out), e.layout.stride(op.out)
-    label = _row_loop(e)
+    labels = _row_loop(e)
     e.build.add("smul", rd=int(R.T1), a=reg(R.T1), b=-(-words * 4 // LINE_BYTES))
     add_line(e, place)
     dst = reg(R.OFFSET, e.address(op.out))
     e.build.add("load", format=int(Format.FP32), region=int(place.region), dst=dst, line=reg(R.T1), n=words)
-    _end_row_loop(e, label, stride)
+    _end_row_loop(e, labels, stride)
 
 
 def emit_score_bias(e: RowsEmission, op: dev.ScoreBiasOp) -> None:
@@ -123,7 +145,7 @@ def emit_score_bias(e: RowsEmission, op: dev.ScoreBiasOp) -> None:
                       line=build.line(line, e.base_of(place)), n=reg(R.T2))  # fmt: skip
         return
     build.add("vmov", b_from=_IMMEDIATE, dst=e.address(op.out), n=e.times_rows(stride))
-    label = _row_loop(e)
+    labels = _row_loop(e)
     build.add("sadd", rd=int(R.CHUNK), a=reg(R.T1, 1), b=0)
     if kind == "relative":
         build.add("ssub", rd=int(R.T2), a=build.any_size(context - 1, R.T0), b=reg(R.T1))
@@ -134,7 +156,7 @@ def emit_score_bias(e: RowsEmission, op: dev.ScoreBiasOp) -> None:
         build.add("load", format=int(Format.FP32), region=int(place.region), byte=reg(R.T2), n=reg(R.CHUNK),
                   dst=reg(R.OFFSET, e.address(op.out) + plane * row), line=build.line(line, e.base_of(place)),
                   )  # fmt: skip
-    _end_row_loop(e, label, stride)
+    _end_row_loop(e, labels, stride)
 
 
 def _words(op: dev.ScoreBiasOp) -> int:
@@ -221,21 +243,19 @@ class _Norm:
 
 
 def _begin_norm(e: RowsEmission, op: dev.LayerNormOp | dev.RmsNormOp) -> _Norm:
-    """This device's rows, from OFFSET on, to a place of their own; or all rows."""
-    s, own = e.scratch(op), e.layout.own_rows
-    base, start = R.ZERO, [e.row(op.out, row) for row in range(own)]
-    if own < e.most:
-        e.build.add("smul", rd=int(R.OFFSET), a=reg(R.RANK), b=e.build.any_size(own * e.layout.stride(op.x), R.T0))
-        base, start = R.OFFSET, [s["own"] + row * e.layout.stride(op.out) for row in range(own)]
-    x = [reg(R.ZERO if shared(op.x) else base, e.row(op.x, row)) for row in range(own)]
-    return _Norm(x, [Operand(0, address) for address in start], s.get("mean", 0), s["variance"])
+    """This device's rows to their own place, or to one from where they are gathered."""
+    s, rows = e.scratch(op), range(e.layout.own_rows)
+    base = e.own(op.x, R.OFFSET) if len(rows) < e.most else R.ZERO
+    start = s["own"] if "own" in s else e.address(op.out)
+    y = [Operand(0, start + row * e.layout.stride(op.out)) for row in rows]
+    return _Norm([reg(base, e.row(op.x, row)) for row in rows], y, s.get("mean", 0), s["variance"])
 
 
 def _end_norm(e: RowsEmission, op: dev.LayerNormOp | dev.RmsNormOp) -> None:
-    """All devices' rows, in order."""
-    own = e.layout.own_rows
-    if own < e.most:
-        gather(e, e.address(op.out), e.scratch(op)["own"], own * e.layout.stride(op.out))
+    """All devices' rows, in order, if anything wants them."""
+    s = e.scratch(op)
+    if "own" in s:
+        gather(e, e.address(op.out), s["own"], e.layout.own_rows * e.layout.stride(op.out))
 
 
 def emit_layer_norm(e: RowsEmission, op: dev.LayerNormOp) -> None:
@@ -284,33 +304,49 @@ def emit_pair(e: RowsEmission, op: dev.AddOp | dev.MulOp) -> None:
     """
     name = "vadd" if isinstance(op, dev.AddOp) else "vmul"
     values = (op.lhs, op.rhs)
-    pieces = [value for value in values if e.ranked(value)]
-    if pieces:
-        _pair_of_pieces(e, op, name, pieces)
+    bases = _bases(e, op.out, *values)
+    if any(e.ranked(value) for value in values):
+        _pair_of_pieces(e, op, name, bases)
     elif any(shared(value) for value in values) or len({e.layout.stride(value) for value in (*values, op.out)}) > 1:
-        for row in range(e.most):
-            build = e.build
-            build.add(name, dst=e.row(op.out, row), a=e.row(op.lhs, row), b=e.row(op.rhs, row), n=op.count)
+        for row in range(e.layout.rows_of(op.out)):
+            a, b = (reg(base, e.row(value, row)) for base, value in zip(bases, values, strict=True))
+            e.build.add(name, dst=e.row(op.out, row), a=a, b=b, n=op.count)
     else:
-        n = e.times_rows(e.layout.stride(op.out))
-        e.build.add(name, dst=e.address(op.out), a=e.address(op.lhs), b=e.address(op.rhs), n=n)
+        a, b = (reg(base, e.address(value)) for base, value in zip(bases, values, strict=True))
+        e.build.add(name, dst=e.address(op.out), a=a, b=b, n=_all_rows(e, op.out))
 
 
-def _pair_of_pieces(e: RowsEmission, op: dev.AddOp | dev.MulOp, name: str, pieces: list[SSAValue]) -> None:
-    """`pieces` lie by device: a row's words are at as many places as there are devices."""
-    sizes = {value: ir.width(value.owner.x) for value in pieces if isinstance(value.owner, dev.GatherOp)}
+def _bases(e: RowsEmission, out: SSAValue, *values: SSAValue) -> list[R]:
+    """For each operand, a register with the words before the rows that `out` has."""
+    if not e.dealt(out):
+        return [R.ZERO] * len(values)
+    return [e.own(value, register) for value, register in zip(values, (R.OFFSET, R.GROUP), strict=False)]
 
-    def at(value: SSAValue, row: int, start: int) -> int:
+
+def _all_rows(e: RowsEmission, out: SSAValue) -> Operand:
+    """Words of all rows of a value that there are, or, where devices have their own rows only, can be."""
+    stride = e.layout.stride(out)
+    return Operand(0, e.layout.own_rows * stride) if e.dealt(out) else e.times_rows(stride)
+
+
+def _pair_of_pieces(e: RowsEmission, op: dev.AddOp | dev.MulOp, name: str, bases: list[R]) -> None:
+    """Ranked operands lie by device: a row's words are at as many places as there are devices."""
+    values = (op.lhs, op.rhs)
+    gathered = [value.owner for value in values if e.ranked(value)]
+    sizes = {owner.out: ir.width(owner.x) for owner in gathered if isinstance(owner, dev.GatherOp)}
+
+    def at(index: int, row: int, start: int) -> Operand:
+        value = values[index]
         if value in sizes:
             device, inside = divmod(start, sizes[value])
-            return e.address(value) + (device * e.most + row) * sizes[value] + inside
-        return e.row(value, row) + start
+            return reg(bases[index], e.address(value) + (device * e.most + row) * sizes[value] + inside)
+        return reg(bases[index], e.row(value, row) + start)
 
-    for row in range(e.most):
+    for row in range(e.layout.rows_of(op.out)):
         start = 0
         while start < op.count:
             n = min(op.count - start, *(size - start % size for size in sizes.values()))
-            e.build.add(name, dst=e.row(op.out, row) + start, a=at(op.lhs, row, start), b=at(op.rhs, row, start), n=n)
+            e.build.add(name, dst=e.row(op.out, row) + start, a=at(0, row, start), b=at(1, row, start), n=n)
             start += n
 
 
@@ -340,7 +376,8 @@ def emit_activation(e: RowsEmission, op: dev.ActivationOp) -> None:
 def _each(e: RowsEmission, op: dev.ScaleOp | dev.ActivationOp, name: str, options: dict[str, int]) -> None:
     """All rows at once, or each from a shared operand."""
     if shared(op.x):
-        for row in range(e.most):
+        for row in range(e.layout.rows_of(op.out)):
             e.build.add(name, dst=e.row(op.out, row), a=e.address(op.x), n=op.count, **options)
     else:
-        e.build.add(name, dst=e.address(op.out), a=e.address(op.x), n=e.times_rows(e.layout.stride(op.out)), **options)
+        (base,) = _bases(e, op.out, op.x)
+        e.build.add(name, dst=e.address(op.out), a=reg(base, e.address(op.x)), n=_all_rows(e, op.out), **options)

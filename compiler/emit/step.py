@@ -126,8 +126,7 @@ def _emission(
     step, words = int(program.step.value.data), machine.vector.words
     limits = Limits(
         words, align, step, machine.attention_block, machine.column_block, context, devices, machine.matrix.vectors,
-        machine.vector.chains,
-        machine.peak_macs, machine.vector.lanes,
+        machine.vector.chains, machine.peak_macs, machine.vector.lanes, machine.ring.buffer_words,
     )  # fmt: skip
     _check_gathers(program, machine)
     return Emission(build, machine, memory, limits, fmt, program)
@@ -178,7 +177,9 @@ def _emit_prompt(e: Emission, program: dev.ProgramOp, tokens: Tokens) -> None:
     assert program.rows_step is not None
     limits = replace(e.limits, step=int(program.rows_step.value.data))
     emit_prompt(
-        RowsEmission(e.build, e.machine, e.memory, limits, e.format, program, layout=Layout(limits, tokens)),
+        RowsEmission(
+            e.build, e.machine, e.memory, limits, e.format, program, layout=Layout.of(program, limits, tokens)
+        ),
         program,
         _node,
     )

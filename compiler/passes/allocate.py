@@ -45,6 +45,7 @@ class AllocatePass(ModulePass):
     chains: bool = False
     macs: int = 2048
     lanes: int = 16
+    buffer: int = 16384
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         """Set `at` and `scratch` everywhere, the head's `chunk` and the program's `step`.
@@ -64,8 +65,7 @@ class AllocatePass(ModulePass):
             for step, together in (*((self.segment, made) for made in WAYS), (align, apart)):
                 limits = Limits(
                     self.words, align, step, self.attention_block, self.column_block, context, devices, self.vectors,
-                    self.chains,
-                    self.macs, self.lanes,
+                    self.chains, self.macs, self.lanes, self.buffer,
                 )  # fmt: skip
                 slots = _slots(program, limits, chunk)
                 lowest = place(together(slots), limits.step_of)

@@ -14,9 +14,13 @@ from xdsl.ir import SSAValue
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
 from typebar.compiler.passes.lifetimes import Lifetimes
-from typebar.compiler.passes.slots import Slot, apart, place, record
+from typebar.compiler.passes.slots import Slot, record
+from typebar.compiler.passes.spread import spread
 from typebar.compiler.rows import MAX_GROUPS, PREFIXES, Layout, Tokens, crossing, needed, place_of, shared, split_tail
 from typebar.compiler.scratch import Limits
+
+_NEAR = (4000, 2000, 1000, 500, 1)
+"""Cycles to try between uses of a hazard segment by different groups."""
 
 
 def allocate_rows(program: dev.ProgramOp, limits: Limits, least: int) -> None:
@@ -26,9 +30,11 @@ def allocate_rows(program: dev.ProgramOp, limits: Limits, least: int) -> None:
     """
     if not possible(program):
         return
-    for tokens, step in _candidates(limits, least):
-        layout = Layout(replace(limits, step=step), tokens)
-        if _try(program, layout):
+    norms = [op for op in needed(program) for op in op.walk() if isinstance(op, dev.LayerNormOp | dev.RmsNormOp)]
+    widest = max((limits.round(ir.width(op.out)) for op in norms), default=0)
+    for tokens, step in _candidates(limits, least, widest):
+        layout = Layout.of(program, replace(limits, step=step), tokens)
+        if _try(program, layout, limits.step):
             program.rows, program.groups = ir.number(tokens.rows), ir.number(tokens.groups)
             program.rows_step = ir.number(step)
             return
@@ -48,29 +54,35 @@ def _yielded(loop: ir.RepeatOp) -> list[SSAValue]:
     return list(last.operands) if last is not None else []
 
 
-def _candidates(limits: Limits, least: int) -> Iterator[tuple[Tokens, int]]:
+def _candidates(limits: Limits, least: int, widest: int) -> Iterator[tuple[Tokens, int]]:
     """Blocks to try, best first.
 
     Groups that share no hazard segment overlap, and rows that the devices share evenly are normed once: both are worth
-    more than size.
+    more than size. A gather of the `widest` norm's rows must fit the ring.
     """
     for groups in range(MAX_GROUPS, 0, -1):
         for step in dict.fromkeys((limits.step, limits.align)):
             for rows in range(limits.vectors, max(2, least if groups > 1 else 0) - 1, -1):
-                if rows < limits.devices or rows % limits.devices == 0:
+                if rows < limits.devices or (
+                    rows % limits.devices == 0 and rows // limits.devices * widest <= limits.buffer
+                ):
                     yield Tokens(rows, groups), step
 
 
-def _try(program: dev.ProgramOp, layout: Layout) -> bool:
+def _try(program: dev.ProgramOp, layout: Layout, segment: int) -> bool:
     lives = Lifetimes(needed(program), layout)
     fixed = []
     for value in crossing(program):
         if not shared(value):
             lives.keep(value)
             fixed.append(Slot(layout.stride(value), lives.end, lives.end, at=place_of(value)))
-    slots = [slot for group in lives.slots for slot in group]
-    if place(apart(slots), layout.step, fixed) > layout.limits.words:
+    whole = [layout.tokens.rows * layout.stride(value) for value in crossing(program) if value in layout.dealt]
+    last = Slot(max(whole, default=0), lives.end, lives.end)
+    if whole:
+        lives.slots[0].append(last)
+    if not any(spread(lives.slots, fixed, layout, segment, lives.cycles, near) for near in _NEAR):
         return False
-    for prefix, group in zip(PREFIXES[1:], lives.slots, strict=False):
+    for prefix, group in zip(("rows_", *PREFIXES[1:]), lives.slots, strict=False):
         record(group, prefix)
+    program.rows_last = ir.number(last.at)
     return True

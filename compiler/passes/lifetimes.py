@@ -13,13 +13,13 @@ from xdsl.ir import Block, Operation, SSAValue
 from typebar.compiler import ir
 from typebar.compiler.passes.slots import Slot, Span
 from typebar.compiler.rows import Layout, shared
-from typebar.compiler.schedule import Turns, in_place, schedule
+from typebar.compiler.schedule import Part, Turns, in_place, schedule
 
 _Group = tuple[Operation, int]
 
 
 class Lifetimes:
-    """`slots` for each group, the first with what is shared, and `end`, a place after everything."""
+    """`slots` of what is shared and of each group, `end`, a place after everything, and a turn's rough `cycles`."""
 
     def __init__(self, ops: Sequence[Operation], layout: Layout) -> None:
         """Number the parts of the operations' order and find the slots of all their values and scratch spaces."""
@@ -29,7 +29,10 @@ class Lifetimes:
         self._late: set[_Group] = set()
         self._loops: dict[Operation, tuple[int, int, int]] = {}
         self._found: dict[tuple[SSAValue, int], Slot] = {}
-        self.slots: list[list[Slot]] = [[] for _ in range(layout.tokens.groups)]
+        self._groups = range(layout.tokens.groups)
+        self.slots: list[list[Slot]] = [[] for _ in range(layout.tokens.groups + 1)]
+        self._parts: dict[_Group, Part] = {}
+        self.cycles = 0
         self._number(ops)
         for op in ops:
             if isinstance(op, ir.RepeatOp):
@@ -41,7 +44,7 @@ class Lifetimes:
 
     def keep(self, value: SSAValue) -> None:
         """Keep a value to the end."""
-        for group in range(len(self.slots)):
+        for group in self._groups:
             self._found[value, group].end = self.end
 
     def _number(self, ops: Sequence[Operation]) -> None:
@@ -56,8 +59,10 @@ class Lifetimes:
             for part in item.turn:
                 count += 1
                 self._at[part.op, part.group] = count
+                self._parts[part.op, part.group] = part
                 if part.late:
                     self._late.add((part.op, part.group))
+            self.cycles = max(self.cycles, item.cycles)
             turned = count = count + 1
             for part in item.rest:
                 count += 1
@@ -69,28 +74,38 @@ class Lifetimes:
     def _operation(self, op: Operation) -> None:
         """Slots of an operation's result and scratch space."""
         for value in op.results:
-            for group in (0,) if shared(value) else range(len(self.slots)):
+            for group in (0,) if shared(value) else self._groups:
                 if (value, group) not in self._found:
                     self._add(value, group, self._at[op, group])
                 self._extend(value, group)
         total = self._layout.scratch(op)["total"]
-        for group in range(len(self.slots)) if total else ():
+        for group in self._groups if total else ():
             here, slot = (op, group), Slot(total, self._at[op, group], self._at[op, group], owner=op)
             if here in self._rest:
                 slot.spans.append((self._rest[here], self._rest[here]))
-            self.slots[group].append(slot)
+            self._access(slot, op, group)
+            self.slots[1 + group].append(slot)
 
     def _add(self, value: SSAValue, group: int, start: int) -> Slot:
         slot = Slot(self._layout.words(value), start, start, [value])
         self._found[value, group] = slot
-        self.slots[group].append(slot)
+        self.slots[0 if shared(value) else 1 + group].append(slot)
         return slot
+
+    def _access(self, slot: Slot, op: Operation, group: int) -> None:
+        """Note that an operation reads or writes a slot."""
+        if (op, group) in self._parts:
+            part = self._parts[op, group]
+            slot.times.append((part.start, part.end))
 
     def _extend(self, value: SSAValue, group: int) -> None:
         """Let a value's slot live until its last use."""
         slot = self._found[value, group]
+        if isinstance(value.owner, Operation):
+            self._access(slot, value.owner, group)
         for use in value.uses:
-            for reader in range(len(self.slots)) if shared(value) else (group,):
+            for reader in self._groups if shared(value) else (group,):
+                self._access(slot, use.operation, reader)
                 for start, end in self._spans(value, group, use.operation, reader):
                     if start == slot.start:
                         slot.end = max(slot.end, end)
@@ -126,7 +141,7 @@ class Lifetimes:
         body = loop.body.block
         carried = zip(loop.inits, body.args, loop.outs, body.last_op.operands, in_place(loop), strict=True)  # type: ignore[union-attr]
         for init, arg, out, made, fits in carried:
-            for group in range(len(self.slots)):
+            for group in self._groups:
                 only_here = len(list(init.uses)) == 1 and isinstance(init.owner, Operation)
                 slot = self._found.get((init, group)) if only_here else None
                 if slot is None:
@@ -139,4 +154,6 @@ class Lifetimes:
                     self._found[value, group] = slot
                 if fits:
                     slot.values.append(made)
+                for use in arg.uses:
+                    self._access(slot, use.operation, group)
                 self._extend(out, group)

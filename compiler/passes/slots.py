@@ -26,7 +26,7 @@ _LOADS = dev.ParamOp | dev.BiasOp
 class Slot:
     """Words that are live from `start` to `end`, shared by `values`, or the scratch space of `owner`.
 
-    In a loop whose turns overlap they are live in other `spans` too.
+    In a loop whose turns overlap they are live in other `spans` too, and used in the cycles `times` of a turn, roughly.
     """
 
     words: int
@@ -36,6 +36,7 @@ class Slot:
     owner: Operation | None = None
     at: int = 0
     spans: list[Span] = field(default_factory=list)
+    times: list[Span] = field(default_factory=list)
 
 
 SlotGroups = list[list[Slot]]
@@ -164,9 +165,9 @@ def place(groups: SlotGroups, step_of: Callable[[int], int], fixed: Sequence[Slo
     placed: list[tuple[Slot, ...]] = [(item,) for item in fixed]
     used = 0
     for group in sorted(groups, key=lambda g: -_words(g)):
-        spans, at = _spans(group), 0
+        spans, at = spans_of(group), 0
         step = step_of(_words(group))
-        rivals = [p for p in placed if _meet(p, spans)]
+        rivals = [p for p in placed if meet(p, spans)]
         for rival in sorted(rivals, key=lambda g: g[0].at):
             if at + _words(group) <= rival[0].at:
                 break
@@ -179,14 +180,14 @@ def place(groups: SlotGroups, step_of: Callable[[int], int], fixed: Sequence[Slo
     return used
 
 
-def _spans(group: Sequence[Slot]) -> list[Span]:
+def spans_of(group: Sequence[Slot]) -> list[Span]:
     """When some slots in a row are live: from the first's start to the last's end, and in a slot's other spans."""
     hull = (min(s.start for s in group), max(s.end for s in group))
     return [hull, *(span for item in group for span in item.spans)]
 
 
-def _meet(group: Sequence[Slot], spans: Sequence[Span]) -> bool:
-    return any(a <= end and start <= b for a, b in _spans(group) for start, end in spans)
+def meet(group: Sequence[Slot], spans: Sequence[Span]) -> bool:
+    return any(a <= end and start <= b for a, b in spans_of(group) for start, end in spans)
 
 
 def _words(group: Sequence[Slot]) -> int:
