@@ -87,8 +87,8 @@ class ProgramOp(DeviceOp):
     """One token on each of `devices` devices; block arguments (token, position); ends with `tbd.head`.
 
     `allocate` sets `step`: places in the register file start at multiples of so many words. A prompt goes through in
-    blocks of `groups` times `rows` tokens, with places of their own (`rows_step`), if these are set; `rows_last` is where
-    rows that the devices have dealt among them come together at the prompt's end.
+    blocks of `groups` times `rows` tokens, with places of their own (`rows_step`), if these are set; `rows_last` is
+    where rows that the devices have dealt among them come together at the prompt's end.
     """
 
     name = "tbd.program"

@@ -109,7 +109,7 @@ def _dealt(program: dev.ProgramOp) -> frozenset[SSAValue]:
     ops = [op for op in program.walk() if op not in tail]
     ties = [tie for op in ops if isinstance(op, ir.RepeatOp) for tie in _handed_on(op)]
     makers = _ELEMENTWISE | _NORMS | dev.LookupOp
-    found = {value for op in ops if isinstance(op, makers) for value in op.results}
+    found: set[SSAValue] = {value for op in ops if isinstance(op, makers) for value in op.results}
     found |= {value for tie in ties for value in tie}
 
     def fits(value: SSAValue) -> bool:
@@ -139,7 +139,7 @@ _NORMS = dev.LayerNormOp | dev.RmsNormOp
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes in words of what a block's operations work on; of values `dealt`, a device has its own tokens' rows only."""
+    """Sizes in words of what a block's operations work on. Of `dealt` values a device has its own tokens' rows only."""
 
     limits: Limits
     tokens: Tokens

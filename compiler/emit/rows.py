@@ -333,7 +333,7 @@ def _pair_of_pieces(e: RowsEmission, op: dev.AddOp | dev.MulOp, name: str, bases
     """Ranked operands lie by device: a row's words are at as many places as there are devices."""
     values = (op.lhs, op.rhs)
     gathered = [value.owner for value in values if e.ranked(value)]
-    sizes = {owner.out: ir.width(owner.x) for owner in gathered if isinstance(owner, dev.GatherOp)}
+    sizes: dict[SSAValue, int] = {owner.out: ir.width(owner.x) for owner in gathered if isinstance(owner, dev.GatherOp)}
 
     def at(index: int, row: int, start: int) -> Operand:
         value = values[index]

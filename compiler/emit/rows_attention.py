@@ -103,31 +103,29 @@ def _heads(e: RowsEmission, shape: _Shape, count: int) -> None:
 
 
 def _store(e: RowsEmission, op: dev.AttentionOp, shape: _Shape) -> None:
-    """K and V of the group's tokens to their cache: a loop over tokens, in it a loop over heads."""
+    """K and V of the group's tokens to their cache, head by head, so that the first head's scores need not wait."""
     build = e.build
     k, v = e.address(op.k) + int(op.k_at.value.data), e.address(op.v) + int(op.v_at.value.data)
-    steps = {R.OFFSET: e.layout.stride(op.k), R.GROUP: e.layout.stride(op.v)}
-    for register in (R.BLOCK, *steps):
-        build.constant(register, 0)
     token, head = build.fresh("token"), build.fresh("head")
-    build.label(token)
-    build.add("sadd", rd=int(R.CHUNK), a=reg(R.POSITION), b=reg(R.BLOCK))
-    cache_offsets(e, shape.depth, shape.size, R.CHUNK)
     start_heads(e, shape.cache)
     build.constant(R.BLOCK_LENGTH, 0)
     build.label(head)
+    for register in (R.OFFSET, R.GROUP):
+        build.add("smul", rd=int(register), a=reg(R.BLOCK_LENGTH), b=shape.pad)
+    build.constant(R.BLOCK, 0)
+    build.label(token)
+    build.add("sadd", rd=int(R.CHUNK), a=reg(R.POSITION), b=reg(R.BLOCK))
+    cache_offsets(e, shape.depth, shape.size, R.CHUNK)
     store_k(e, k, shape.depth, reg(R.K_LINE))
     store_v(e, v, shape.size, build.line(shape.cache.v_offset, R.K_LINE, R.T2), R.GROUP)
+    build.increase(R.OFFSET, e.layout.stride(op.k))
+    build.increase(R.GROUP, e.layout.stride(op.v))
+    build.increase(R.BLOCK, 1)
+    build.branch("blt", token, reg(R.BLOCK), reg(e.held))
     if shape.kv_heads > 1:
-        for register in steps:
-            build.increase(register, shape.pad)
         build.increase(R.K_LINE, shape.cache.head_stride)
         build.increase(R.BLOCK_LENGTH, 1)
         build.branch("blt", head, reg(R.BLOCK_LENGTH), shape.kv_heads)
-    for register, stride in steps.items():
-        build.increase(register, stride - (shape.kv_heads * shape.pad if shape.kv_heads > 1 else 0))
-    build.increase(R.BLOCK, 1)
-    build.branch("blt", token, reg(R.BLOCK), reg(e.held))
 
 
 # What a block's tokens see ----------------------------------------------------------------------------------

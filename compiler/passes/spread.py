@@ -1,8 +1,9 @@
 """Where the values of two groups of a prompt's tokens lie, so that neither waits for the other's words.
 
 Hazards are seen by segment, so words of one segment hold up each other's instructions although they are different
-ones, and words that take another's place wait for it to be read. Within a group neither costs anything, for a layer is a
-chain. So a slot goes where the fewest slots of other groups are in its segments at about the same time.
+ones, and words that take another's place wait for it to be read. Within a group neither costs anything, for a layer is
+a chain. So a slot goes where the fewest slots of other groups are in use in its segments at about the same time; what
+is shared is loaded ahead of the chain, and so keeps apart from everything.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def spread(
 
 
 def _wait(a: Slot, b: Slot, turn: int, near: int) -> int:
-    """Cycles by which two slots' uses overlap or come nearer than `near`, in the same turn of the loop or in the next."""
+    """Cycles by which uses of two slots overlap or are nearer than `near`, in the same turn of the loop or the next."""
     shifts = (-turn, 0, turn)
     return max(
         (
