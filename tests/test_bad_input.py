@@ -223,8 +223,8 @@ IMAGES: dict[str, Case] = {
         "isa version 7",
     ),
     "other numerics version": (
-        lambda w: ["disasm", edit_manifest(w.copy(), '"numerics_version":2', '"numerics_version":1')],
-        "numerics version 1",
+        lambda w: ["disasm", edit_manifest(w.copy(), '"numerics_version":3', '"numerics_version":2')],
+        "numerics version 2",
     ),
     "impossible device count": (
         lambda w: ["disasm", edit_manifest(w.copy(), '"devices":2', '"devices":0')],

@@ -33,6 +33,7 @@ from typebar.isa.numerics import (
     to_operand,
     tree_sum,
 )
+from typebar.isa.numerics.dot import sum_bits
 
 NAN = 0x7FC00000
 INF = 0x7F800000
@@ -147,19 +148,24 @@ def stored_exponent(raw: int, fmt: Format) -> int:
     return max(raw >> 10 & 31, 1) - 15 if fmt is Format.FP16 else (raw >> 7 & 255) - 127
 
 
+def truncated(value: Fraction, top: int, bits: int) -> Fraction:
+    """A magnitude cut to `bits` bits of which the highest is 2^top, with its sign."""
+    unit = Fraction(2) ** (top - bits + 1)
+    return math.floor(abs(value) / unit) * unit * (1 if value > 0 else -1)
+
+
 def expected_chunk(w: list[int], x: list[int], exponents: list[int] | None = None) -> int:
     """A chunk's sum of operands, from the design's sentences; `exponents` of w if they are not its values' own."""
     if any(is_nan_bits(bits) for bits in w + x):
         return NAN
-    factors = [(Fraction(value_of(a)), Fraction(value_of(b))) for a, b in zip(w, x, strict=True)]
-    products = [a * b for a, b in factors]
-    if not any(products):
+    weights, values = ([Fraction(value_of(bits)) for bits in side] for side in (w, x))
+    own = exponents or [exponent_of(a) if a else 0 for a in weights]
+    lanes = [(a, e, b) for a, e, b in zip(weights, own, values, strict=True) if b]
+    if not any(a for a, _, _ in lanes):
         return 0
-    own = [exponent_of(a) if a else 0 for a, _ in factors]
-    tops = [e + exponent_of(b) for (a, b), e in zip(factors, exponents or own, strict=True) if a * b != 0]
-    unit = Fraction(2) ** (max(tops) - 23)
-    total = sum((math.floor(abs(p) / unit) * unit * (1 if p > 0 else -1) for p in products), Fraction(0))
-    return float32_bits(total)
+    x_top = max(exponent_of(b) for _, _, b in lanes)
+    w_top = max(e for a, e, _ in lanes if a)
+    return float32_bits(sum((truncated(a, w_top, 17) * truncated(b, x_top, 24) for a, _, b in lanes), Fraction(0)))
 
 
 @given(any_bits, any_bits)
@@ -242,30 +248,65 @@ def test_a_weights_exponent_is_that_of_its_storage(
 
 
 def test_an_unnormalised_weight_raises_the_common_exponent() -> None:
-    small, x = np.float32(2.0**-24), np.array([[1.0, 2.0**-14, 2.0**-20]], np.float32)
-    column = np.array([[small], [small], [small]])
-    # E is -14: the last place kept is 2^-37, and 2^-38 and 2^-44 are cut off. Of bf16, where E is -24, both stay.
-    assert dot(column, x, 8, fmt=Format.FP16)[0][0, 0] == small
-    assert dot(column, x, 8, fmt=Format.BF16)[0][0, 0] == np.float32(2.0**-24 + 2.0**-38 + 2.0**-44)
-    ones, x = np.ones((2, 1), np.float32), np.array([[1.0, 2.0**-17]], np.float32)
-    # Of int8 E is 7 and the last place 2^-16.
-    assert dot(ones, x, 8, fmt=Format.INT8)[0][0, 0] == 1
-    assert dot(ones, x, 8, fmt=Format.FP16)[0][0, 0] == np.float32(1 + 2.0**-17)
+    # Beside the smallest of fp16's normals 2^-24 keeps its place, and beside 2^-8 it is the last: Ew - 16. Beside
+    # 2^-7 it is cut off. A bf16 of 2^-24 alone has Ew = -24, an fp16 -14: nothing of a weight is lost either way.
+    for top, kept in ((-14, 1), (-8, 1), (-7, 0)):
+        column = np.array([[2.0**top], [2.0**-24]], np.float32)
+        for fmt in (Format.FP16, Format.BF16):
+            assert dot(column, np.ones((1, 2), np.float32), 8, fmt=fmt)[0][0, 0] == 2.0**top + kept * 2.0**-24
+    # 3 x 2^-32 has a last place of 2^-32, which 2^-16 still has room for, and 2^-15 has not.
+    for top, kept in ((-16, 3), (-15, 2)):
+        column = np.array([[2.0**top], [3 * 2.0**-32], [-(2.0**top)]], np.float32)
+        assert dot(column, np.ones((1, 3), np.float32), 8, fmt=Format.BF16)[0][0, 0] == kept * 2.0**-32
 
 
-def test_alignment_is_to_the_operands_exponents_not_to_the_products() -> None:
-    small = 2.0**-12, 2.0**-11
-    w = np.array([1.5, small[0], small[0]], np.float32)[:, None]
-    x = np.array([1.5, small[1], small[1]], np.float32)[None]
-    # E = 0 keeps 2^-23 twice; aligned to the product's exponent, 1, both would vanish.
-    assert chunk_sum(w, x)[0, 0] == np.float32(2.25 + 2.0**-22)
+def test_int8_weights_lose_nothing() -> None:
+    weights = np.array([[-128.0], [1.0], [127.0]], np.float32)
+    got, _ = dot(weights, np.array([[2.0**-13, 1.0, 2.0**-13]], np.float32), 8, fmt=Format.INT8)
+    assert got[0, 0] == np.float32(1 - 2.0**-13)
 
 
-def test_zero_products_lend_no_exponent() -> None:
-    w = np.array([0.0, 2.0**-20], np.float32)[:, None]
-    x = np.array([2.0**100, 2.0**-20], np.float32)[None]
-    assert chunk_sum(w, x)[0, 0] == np.float32(2.0**-40)
-    assert chunk_sum(w, x[:, ::-1] * 0)[0, 0] == 0
+def test_a_vectors_small_elements_keep_what_lies_within_24_bits_of_its_largest() -> None:
+    ones, top, odd = np.ones((3, 1), np.float32), 2.0**13, np.float32(1 + 2.0**-10)
+    for scale, kept in ((1, odd), (2, np.float32(1))):  # 1 + 2^-10 ends at 2^(13 - 23), then a place below the last
+        x = np.array([[scale * top, odd, -scale * top]], np.float32)
+        assert chunk_sum(ones, x)[0, 0] == kept
+    # Magnitudes are truncated before they have signs.
+    assert chunk_sum(ones, np.array([[2 * top, -odd, -2 * top]], np.float32))[0, 0] == -1
+
+
+def test_zeros_of_the_vector_lend_no_exponent_and_zero_weights_none_of_theirs() -> None:
+    w = np.array([[2.0**100], [2.0**-20], [0.0]], np.float32)
+    assert chunk_sum(w, np.array([[0.0, 2.0**-20, 2.0**-20]], np.float32))[0, 0] == np.float32(2.0**-40)
+    assert chunk_sum(w, np.zeros((1, 3), np.float32))[0, 0] == 0
+    # The vector's exponent is one for all columns, so it counts beside a zero weight.
+    assert chunk_sum(w, np.array([[0.0, 2.0**-20, 2.0**3]], np.float32))[0, 0] == np.float32(2.0**-40)
+    assert chunk_sum(w, np.array([[0.0, 2.0**-20, 2.0**4]], np.float32))[0, 0] == 0
+
+
+def test_rows_of_a_block_do_not_see_one_another() -> None:
+    """A masked position has probability 0: what lies in its lane counts for nothing, bit for bit."""
+    rng = np.random.default_rng(11)
+    weights = (rng.standard_normal((64, 8)) * 2.0 ** rng.integers(-14, 14, (64, 8))).astype(np.float16)
+    x = np.tril(rng.random((64, 64))).astype(np.float32)
+    operands = to_operand(x)[0]
+    got = chunk_sum(weights.astype(np.float32), operands, Format.FP16)
+    for row in range(64):
+        alone = chunk_sum(weights[: row + 1].astype(np.float32), operands[row : row + 1, : row + 1], Format.FP16)
+        assert np.array_equal(bits_of(alone[0]), bits_of(got[row]))
+        later = np.where(np.arange(64)[:, None] > row, np.float32(65504), weights.astype(np.float32))
+        beside = chunk_sum(later, operands[row : row + 1], Format.FP16)
+        assert np.array_equal(bits_of(beside[0]), bits_of(got[row]))
+
+
+def test_the_exact_sum_fits_its_width() -> None:
+    assert [sum_bits(lanes) for lanes in (4, 8, 64, 128)] == [44, 45, 48, 49]
+    largest = np.float32(2047 * 2.0**-10)
+    for lanes in (8, 64, 128):
+        total = lanes * (2047 << 6) * (2047 << 13)
+        assert total < 1 << sum_bits(lanes) - 1 <= 2 * total
+        got = chunk_sum(np.full((lanes, 1), -largest), np.full((1, lanes), largest, np.float32))
+        assert got[0, 0] == np.float32(-lanes * float(largest) ** 2)
 
 
 def test_dot_accumulates_chunks_in_ascending_order() -> None:

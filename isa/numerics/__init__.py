@@ -30,7 +30,7 @@ from typebar.isa.numerics.vector import (
     tree_sum,
 )
 
-NUMERICS_VERSION = 2
+NUMERICS_VERSION = 3
 """Version of the arithmetic (`docs/numerics.md`); an image computes the same bits only under the same one."""
 
 __all__ = [

@@ -1,17 +1,20 @@
-"""The matrix unit's dot product: exact products, aligned to the largest exponent, truncated, added exactly.
+"""The matrix unit's dot product: operands aligned to one exponent each a chunk, truncated; products and sum exact.
 
-One chunk holds at most `lanes` products. Its sum is worked out as tensor cores do it:
+One chunk holds at most `lanes` products. Its sum is worked out so that a lane is one multiplier and one adder:
 
 1. A NaN in any present lane makes the sum the canonical NaN.
-2. Products that are zero take no part. If none remains the sum is +0.
-3. E is the largest sum of the two operands' exponents. (Of the operands, not of the product: 1.5 x 1.5 has E = 0.)
-   The exponent of a weight is at least its memory format's `LEAST_EXPONENT`: fp16's subnormals have the exponent of
-   its smallest normals, and all of int8 has that of 128, for memory's significands are not normalised.
-4. Each exact product's magnitude is truncated to a multiple of 2^(E-23) and given its sign; all are added exactly.
+2. A lane takes part if its element of the vector is not zero. If none does the sum is +0.
+3. Ex is the largest exponent of the vector's elements, Ew the largest of the column's weights that are not zero, both
+   of lanes that take part. Ex is the same for all columns. The exponent of a weight is at least its memory format's
+   `LEAST_EXPONENT`: fp16's subnormals have the exponent of its smallest normals, and all of int8 has that of 128, for
+   memory's significands are not normalised.
+4. The vector's magnitudes are truncated to multiples of 2^(Ex-23), `VECTOR_BITS` bits, the weights' to multiples of
+   2^(Ew-16), `WEIGHT_BITS` bits. The products, with their signs, are added exactly.
 5. An exact zero is +0; any other sum is rounded once to float32, nearest even; 2^128 and above is infinity.
 
-Chunk sums are multiples of 2^-123 and so never subnormal: operands are at least 2^-50. Chunks accumulate in
-ascending order by IEEE float32 addition, from +0 or from a given accumulator.
+Chunk sums are multiples of 2^-120 and so never subnormal: operands are at least 2^-50 and have 11 significant bits,
+and what is truncated ends higher. Chunks accumulate in ascending order by IEEE float32 addition, from +0 or from a
+given accumulator.
 """
 
 from __future__ import annotations
@@ -34,8 +37,22 @@ from typebar.isa.numerics.formats import (
 )
 from typebar.isa.numerics.vector import add
 
-ALIGNED_FRACTION_BITS = 23
-"""Aligned products are multiples of 2^(E - this)."""
+SIGNIFICAND_BITS = 11
+"""Bits of an operand's significand, the leading one among them."""
+VECTOR_BITS = 24
+"""Bits of an aligned vector element's magnitude."""
+WEIGHT_BITS = 17
+"""Bits of an aligned weight's magnitude: with a sign, the narrow side of a DSP slice's 27 x 18-bit multiplier."""
+SUM_FRACTION_BITS = VECTOR_BITS - 1 + WEIGHT_BITS - 1
+"""A chunk's exact sum counts units of 2^(Ex + Ew - this)."""
+
+
+def sum_bits(lanes: int) -> int:
+    """Bits of the exact sum of a chunk of `lanes` products, sign included: 48, a DSP slice's adder, for 64 lanes.
+
+    Magnitudes of operands do not depend on `lanes`, only the sum's width does: 128 lanes need 49 bits.
+    """
+    return VECTOR_BITS + WEIGHT_BITS + (lanes - 1).bit_length() + 1
 
 
 def _split(operand: F32Array, least: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -51,6 +68,20 @@ def _split(operand: F32Array, least: int) -> tuple[NDArray[np.int64], NDArray[np
     return np.where(bits >> 31 == 1, -significand, significand), exponent
 
 
+def _align(
+    significand: NDArray[np.int64], exponent: NDArray[np.int64], counts: NDArray[np.bool_], bits: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Signed magnitudes of `bits` bits below the largest exponent of those that count, and that exponent (0: none).
+
+    The lanes are axis 1. Elements that do not count are 0.
+    """
+    top = np.where(counts, exponent, np.iinfo(np.int64).min).max(axis=1, keepdims=True)
+    top = np.where(counts.any(axis=1, keepdims=True), top, 0)
+    below = np.clip(top - exponent, 0, 63)
+    magnitude = np.where(counts, np.abs(significand) << (bits - SIGNIFICAND_BITS) >> below, 0)
+    return np.sign(significand) * magnitude, top
+
+
 def chunk_sum(weights: F32Array, x: F32Array, fmt: Format = Format.FP32) -> F32Array:
     """Sums of one chunk: `weights` [k, n] and `x` [m, k] hold operands, k <= lanes; returns float32 [m, n].
 
@@ -58,17 +89,13 @@ def chunk_sum(weights: F32Array, x: F32Array, fmt: Format = Format.FP32) -> F32A
     """
     w_significand, w_exponent = _split(weights, LEAST_EXPONENT[fmt])
     x_significand, x_exponent = _split(x, LEAST_EXPONENT[Format.FP32])
-    product = x_significand[:, :, None] * w_significand[None]
-    exponent = x_exponent[:, :, None] + w_exponent[None]
-    takes_part = product != 0
-    top = np.where(takes_part, exponent, np.iinfo(np.int64).min).max(axis=1)
-    top = np.where(takes_part.any(axis=1), top, 0)
-    # A product counts units of 2^(exponent - 20); shifted left by 3 it counts units of 2^(exponent - 23).
-    below_top = np.clip(top[:, None, :] - exponent, 0, 63)
-    aligned = np.sign(product) * ((np.abs(product) << 3) >> below_top)
-    total = aligned.sum(axis=1)
+    takes_part = x_significand != 0
+    x_aligned, x_top = _align(x_significand, x_exponent, takes_part, VECTOR_BITS)
+    counts = takes_part[:, :, None] & (w_significand != 0)
+    w_aligned, w_top = _align(w_significand[None], w_exponent[None], counts, WEIGHT_BITS)
+    total = (x_aligned[:, :, None] * w_aligned).sum(axis=1)
     with np.errstate(over="ignore"):
-        value = np.ldexp(total.astype(np.float32), top - ALIGNED_FRACTION_BITS)
+        value = np.ldexp(total.astype(np.float32), x_top + w_top[:, 0] - SUM_FRACTION_BITS)
     nan = np.logical_or.outer(is_nan(x).any(axis=1), is_nan(weights).any(axis=0))
     return from_bits(np.where(nan, CANONICAL_NAN, bits_of(value)))
 
