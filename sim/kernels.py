@@ -178,16 +178,17 @@ def matmul(
     stored = _elements(memory, byte_offset, fmt, end)
     kind = Patch(patch_kind)
     raw_patch, flags = _raw_patch(fmt, kind, patch, k, n)
-    has_nan = np.zeros((m, rows // lanes), np.bool_)
+    shape = (m, rows // lanes)
     padded = -(-lanes // GROUP) * GROUP
-    operands, powers = np.zeros((2, has_nan.size * padded), np.float32)
+    aligned, present = np.zeros(m * shape[1] * padded), np.zeros(m * shape[1] * padded, np.int32)
+    units, (gaps, nans) = np.zeros(shape), np.zeros((2, *shape), np.bool_)
     vectors = np.ascontiguousarray(x, np.float32)
     least = _EXPONENT_BIAS + LEAST_EXPONENT[fmt]
-    flags |= kernels_matmul.convert_vectors(vectors, k, lanes, padded, operands, powers, has_nan)
+    flags |= kernels_matmul.convert_vectors(vectors, k, lanes, padded, aligned, present, units, gaps, nans)
 
     def columns(first: int, last: int) -> int:
         raised = kernels_matmul.matmul_columns(
-            stored, operands, powers, has_nan, k, lanes, padded, width, n, last_width,
+            stored, aligned, present, units, gaps, nans, k, lanes, padded, width, n, last_width,
             int(kind), patch_at, raw_patch, first, last, least, out,
         )  # fmt: skip
         return int(raised)

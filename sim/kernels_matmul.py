@@ -1,14 +1,16 @@
 """The matrix unit's dot products over packed weights, fast.
 
-Products of two operands are exact in float32 (22 significant bits), so a chunk is two passes of vector
-instructions: the largest sum of exponents E, then the sum of w x 2^(23-E), each term truncated to an integer below
-2^25. Chunks whose E leaves float32's range, or that hold an infinity or a NaN, take an exact integer path.
+A chunk's vector elements are aligned once, its weights once for all vectors but those with zeros that hide its largest
+weight: both to integers, held as float64, in which their products and sums are exact.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
+from typebar.isa.numerics.dot import SUM_FRACTION_BITS, VECTOR_BITS, WEIGHT_BITS
 from typebar.sim.kernels_bits import (
     EXPONENT,
     FLAG_OPERAND_OVERFLOW,
@@ -22,35 +24,47 @@ from typebar.sim.kernels_bits import (
     f32_bits,
 )
 from typebar.sim.kernels_jit import compiled
-from typebar.sim.kernels_simd import GROUP, as_operand, decode_groups, multiply_groups, sum_groups
+from typebar.sim.kernels_simd import GROUP, align_groups, as_operand, decode_groups, dot_of_groups, largest_of_groups
 
-MAX_FAST_EXPONENT = 125
-"""Up to this E a product is below 2^127 and fits float32."""
 PATCH_COLUMN = 1
 PATCH_LANE = 2
 
 
 @compiled
-def convert_vectors(x, k, lanes, padded, operands, powers, has_nan):  # type: ignore[no-untyped-def]
-    """Operands of the first k values of each row of x [m, k], and 2^exponent of each (0 for zero).
+def convert_vectors(x, k, lanes, padded, aligned, present, units, gaps, nans):  # type: ignore[no-untyped-def]
+    """Align the operands of the first k values of each row of x [m, k], chunk by chunk.
 
-    Both results are one-dimensional, m rows of chunks of `lanes` lanes stored `padded` wide; they start as zeros.
-    `has_nan` [m, chunks] tells which chunks hold a NaN. Returns flags.
+    `aligned` and `present` are one-dimensional, m rows of chunks of `lanes` lanes stored `padded` wide; they start as
+    zeros. A value becomes an integer of at most 24 bits, and `present` -1 where its operand is not zero. The others are
+    [m, chunks]: 2^Ex times the unit of a chunk sum over 2^Ew, whether a chunk has zeros, and whether it holds a NaN.
+    Returns flags.
     """
     flags = 0
-    chunks = has_nan.shape[1]
+    operands = np.empty(lanes, np.float32)
     for r in range(x.shape[0]):
         row = x[r]
-        for i in range(k):
-            at = (r * chunks + i // lanes) * padded + i % lanes
-            value = as_operand(row[i])
-            if f32_bits(value) & MAGNITUDE == EXPONENT:
-                value = bits_f32((f32_bits(value) & SIGN) | OPERAND_MAX_BITS)
-                flags = FLAG_OPERAND_OVERFLOW
-            if value != value:
-                has_nan[r, i // lanes] = True
-            operands[at] = value
-            powers[at] = bits_f32(f32_bits(value) & EXPONENT)
+        for c in range(units.shape[1]):
+            count = min(lanes, k - c * lanes)
+            at = (r * units.shape[1] + c) * padded
+            top = 0
+            for i in range(count):
+                value = as_operand(row[c * lanes + i])
+                if f32_bits(value) & MAGNITUDE == EXPONENT:
+                    value = bits_f32((f32_bits(value) & SIGN) | OPERAND_MAX_BITS)
+                    flags = FLAG_OPERAND_OVERFLOW
+                if value != value:
+                    nans[r, c] = True
+                operands[i] = value
+                top = max(top, (f32_bits(value) & EXPONENT) >> 23)
+            scale = math.ldexp(1.0, VECTOR_BITS - 1 - (top - 127))
+            for i in range(count):
+                if operands[i] == 0:
+                    gaps[r, c] = True
+                else:
+                    present[at + i] = -1
+                    if not nans[r, c]:
+                        aligned[at + i] = np.trunc(np.float64(operands[i]) * scale)
+            units[r, c] = math.ldexp(1.0, top - 127 - SUM_FRACTION_BITS)
     return flags
 
 
@@ -62,40 +76,27 @@ def _decode_rest(raw, at, first, count, padded, values):  # type: ignore[no-unty
 
 
 @compiled
-def _exact_sum(w, x, at, count, least):  # type: ignore[no-untyped-def]
-    """A chunk's sum by integers, for any operands, the exponent of w being at least `least`; returns (sum, flags)."""
-    flags = 0
-    top = np.int64(-1000)
-    nan = False
-    for i in range(count):
-        w_bits, x_bits = np.int64(f32_bits(w[i]) & MAGNITUDE), np.int64(f32_bits(x[at + i]) & MAGNITUDE)
-        if w_bits == EXPONENT:
+def _clamp(values):  # type: ignore[no-untyped-def]
+    """Make infinities the largest operand; returns flags and whether there is a NaN."""
+    flags, nan = 0, False
+    for i in range(values.size):
+        magnitude = f32_bits(values[i]) & MAGNITUDE
+        if magnitude == EXPONENT:
+            values[i] = bits_f32((f32_bits(values[i]) & SIGN) | OPERAND_MAX_BITS)
             flags = FLAG_OPERAND_OVERFLOW
-            w_bits = np.int64(OPERAND_MAX_BITS)
-        if w_bits > EXPONENT or x_bits > EXPONENT:
-            nan = True
-        if w_bits != 0 and x_bits != 0:
-            top = max(top, max(w_bits >> 23, least) + (x_bits >> 23) - 254)
-    if nan:
-        return bits_f32(NAN_BITS), flags
-    total = np.int64(0)
-    for i in range(count):
-        w_bits, x_bits = np.int64(f32_bits(w[i]) & MAGNITUDE), np.int64(f32_bits(x[at + i]) & MAGNITUDE)
-        if w_bits == EXPONENT:
-            w_bits = np.int64(OPERAND_MAX_BITS)
-        if w_bits == 0 or x_bits == 0:
-            continue
-        product = ((w_bits & 0x7FFFFF | 0x800000) >> 13) * ((x_bits & 0x7FFFFF | 0x800000) >> 13) << 3
-        product >>= min(np.int64(63), top - ((w_bits >> 23) + (x_bits >> 23) - 254))
-        negative = (f32_bits(w[i]) ^ f32_bits(x[at + i])) < 0
-        total += -product if negative else product
-    # float64 holds the rounded sum's range, and scaling by a power of two is exact in it.
-    return np.float32(np.float64(np.float32(total)) * 2.0 ** np.float64(top - 23)), flags
+        nan = nan or magnitude > EXPONENT
+    return flags, nan
+
+
+@compiled
+def _weight_scale(power):  # type: ignore[no-untyped-def]
+    """What makes weights integers of at most 17 bits; `power` is the exponent field of the largest."""
+    return bits_f32(np.int32((127 + WEIGHT_BITS - 1 - (power - 127)) << 23))
 
 
 @compiled
 def matmul_columns(  # type: ignore[no-untyped-def]
-    stored, operands, powers, has_nan, k, lanes, padded, width, columns, last_width,
+    stored, aligned, present, units, gaps, nans, k, lanes, padded, width, columns, last_width,
     patch_kind, patch_at, patch, first, last, least, out,
 ):  # fmt: skip
     """Add the products of vectors and columns first..last-1 of a packed matrix to out [m, n].
@@ -107,10 +108,10 @@ def matmul_columns(  # type: ignore[no-untyped-def]
     The loops stand in one function because passing arrays on costs reference counts, more than a chunk takes.
     """
     flags = 0
-    rows, chunks = has_nan.shape
-    values, products = np.empty(padded, np.float32), np.empty(padded, np.float32)
+    rows, chunks = units.shape
+    values, everything = np.empty(padded, np.float32), np.full(padded, -1, np.int32)
+    shared, own = np.empty(padded, np.float64), np.empty(padded, np.float64)
     groups = padded // GROUP
-    lowest = np.int32(least << 23)
     for block in range(first // width, (last + width - 1) // width):
         start = block * width
         block_width = width if start + width < columns else last_width
@@ -129,20 +130,33 @@ def matmul_columns(  # type: ignore[no-untyped-def]
                         _decode_rest(stored, at, whole * GROUP, count, padded, values)
                 if patch_kind == PATCH_LANE and k0 <= patch_at < k0 + count:
                     values[patch_at - k0] = as_operand(patch[column])
+                largest = largest_of_groups(values, everything, 0, groups)
+                has_nan = False
+                if largest >= EXPONENT:
+                    raised, has_nan = _clamp(values)
+                    flags |= raised
+                    largest = np.int32(OPERAND_MAX_BITS)
+                power = max(largest >> 23, least)
+                if not has_nan:
+                    align_groups(values, everything, 0, groups, _weight_scale(power), shared)
                 for r in range(rows):
                     x_at = (r * chunks + c) * padded
-                    top = multiply_groups(values, operands, powers, x_at, groups, products, lowest)
-                    exponent = (top >> 23) - 127
-                    if has_nan[r, c] or exponent > MAX_FAST_EXPONENT:
-                        total, raised = _exact_sum(values, operands, x_at, count, np.int64(least))
-                        flags |= raised
-                    elif top == 0:
-                        total = np.float32(0)
+                    if has_nan or nans[r, c]:
+                        out[r, column] = bits_f32(NAN_BITS)
+                        continue
+                    total = 0.0
+                    top = power
+                    if gaps[r, c]:
+                        part = largest_of_groups(values, present, x_at, groups)
+                        top = max(part >> 23, least) if part != 0 else power
+                    if top == power:
+                        total = dot_of_groups(shared, aligned, x_at, groups)
                     else:
-                        units = sum_groups(products, groups, bits_f32((150 - exponent) << 23))
-                        # Rounded once to 24 bits; then a power of two scales it exactly, or to infinity.
-                        total = np.float32(units) * bits_f32((exponent + 104) << 23)
-                    out[r, column] = f32_add(out[r, column], total)
+                        align_groups(values, present, x_at, groups, _weight_scale(top), own)
+                        total = dot_of_groups(own, aligned, x_at, groups)
+                    # Powers of two scale it exactly, so it is rounded once, or becomes infinity.
+                    scaled = total * np.float64(bits_f32(np.int32(top << 23))) * units[r, c]
+                    out[r, column] = f32_add(out[r, column], np.float32(scaled))
     return flags
 
 

@@ -20,7 +20,7 @@ GROUP = 16
 """Lanes of one vector."""
 PREFETCH = 1024
 """Elements that decoding asks memory for in advance: half as much time again goes by without."""
-_WORD, _FLOAT = ir.IntType(32), ir.FloatType()
+_WORD, _FLOAT, _DOUBLE = ir.IntType(32), ir.FloatType(), ir.DoubleType()
 _EXPONENT = 0x7F800000
 _MAGNITUDE = 0x7FFFFFFF
 _OPERAND_MIN = (127 - 50) << 23
@@ -144,8 +144,12 @@ class _Vectors:
         size = self.context.get_abi_sizeof(self.context.get_data_type(self.signature.args[array].dtype))
         return self.builder.load(self.pointer(array, index), align=size)
 
+    def words(self, array: int, index: Any) -> Any:
+        """The bit patterns of a vector of float32 at an element index."""
+        return self.builder.bitcast(self.load(array, index), ir.VectorType(_WORD, GROUP))
+
     def store(self, value: Any, array: int, index: Any) -> None:
-        """Write a float32 vector at an element index."""
+        """Write a vector at an element index."""
         self.builder.store(value, self.pointer(array, index), align=4)
 
     def prefetch(self, array: int, index: Any) -> None:
@@ -181,6 +185,20 @@ class _Vectors:
         )
         return self.builder.call(function, [vector])
 
+    def sum(self, vector: Any) -> Any:
+        """The sum of a vector of float64, halves by halves."""
+        count = vector.type.count
+        while count > 1:
+            count //= 2
+            low, high = (
+                self.builder.shuffle_vector(
+                    vector, vector, ir.Constant(ir.VectorType(_WORD, count), list(range(first, first + count)))
+                )
+                for first in (0, count)
+            )
+            vector = self.builder.fadd(low, high)
+        return self.builder.extract_element(vector, _WORD(0))
+
 
 _VECTOR = types.Array(types.float32, 1, "C")
 
@@ -202,47 +220,54 @@ def decode_groups(_context: Any, raw: Any, at: Any, groups: Any, values: Any) ->
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def multiply_groups(_context: Any, w: Any, x: Any, powers: Any, at: Any, groups: Any, products: Any, least: Any) -> Any:
-    """products = w * x[at :], and the largest bit pattern of 2^(exponent of w + exponent of x), as an int32.
+def largest_of_groups(_context: Any, values: Any, present: Any, at: Any, groups: Any) -> Any:
+    """The largest magnitude, as a bit pattern, of values[0 : 16 groups] where present[at :] is -1 (else it is 0)."""
 
-    `powers` holds 2^exponent of x, 0 for zero. `least` is the bit pattern of 2^exponent that a w has at least. A zero
-    product counts 0. A w that is not finite counts infinity.
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vectors = _Vectors(context, builder, signature, args)
+        top = cgutils.alloca_once_value(builder, _constant(ir.VectorType(_WORD, GROUP), 0))
+        with vectors.indices(args[3]) as (index, _):
+            value = builder.and_(vectors.words(0, index), vectors.load(1, builder.add(args[2], index)))
+            magnitude = _Bits(builder, value)("and_", _MAGNITUDE).value
+            so_far = builder.load(top)
+            builder.store(builder.select(builder.icmp_signed(">", magnitude, so_far), magnitude, so_far), top)
+        return vectors.reduce("smax", builder.load(top))
+
+    return types.int32(values, present, types.intp, types.intp), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def align_groups(_context: Any, values: Any, present: Any, at: Any, groups: Any, scale: Any, aligned: Any) -> Any:
+    """aligned[0 : 16 groups] = values * scale, each truncated towards zero, where present[at :] is -1, and 0 where 0.
+
+    Magnitudes must come out below 2^31.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         vectors = _Vectors(context, builder, signature, args)
-        word = ir.VectorType(_WORD, GROUP)
-        top = cgutils.alloca_once_value(builder, _constant(word, 0))
-        lowest = vectors.repeated(args[6])
-        with vectors.indices(args[4]) as (index, _):
-            from_x = builder.add(args[3], index)
-            value = vectors.load(0, index)
-            vectors.store(builder.fmul(value, vectors.load(1, from_x)), 5, index)
-            field = _Bits(builder, builder.bitcast(value, word))("and_", _EXPONENT)
-            low = builder.icmp_signed("<", field.value, builder.load(lowest))
-            raised = field.replace(low, _Bits(builder, builder.load(lowest))).replace(field.test("==", 0), 0)
-            power = builder.fmul(builder.bitcast(raised.value, value.type), vectors.load(2, from_x))
-            scaled = _Bits(builder, builder.bitcast(power, word)).replace(field.test("==", _EXPONENT), field)
-            so_far = builder.load(top)
-            larger = builder.icmp_signed(">", scaled.value, so_far)
-            builder.store(builder.select(larger, scaled.value, so_far), top)
-        return vectors.reduce("smax", builder.load(top))
+        factor = vectors.repeated(args[4])
+        with vectors.indices(args[3]) as (index, _):
+            word = builder.and_(vectors.words(0, index), vectors.load(1, builder.add(args[2], index)))
+            value = builder.bitcast(word, ir.VectorType(_FLOAT, GROUP))
+            whole = builder.fptosi(builder.fmul(value, builder.load(factor)), word.type)
+            vectors.store(builder.sitofp(whole, ir.VectorType(_DOUBLE, GROUP)), 5, index)
+        return context.get_dummy_value()
 
-    return types.int32(w, x, powers, types.intp, types.intp, products, types.int32), generate
+    return types.void(values, present, types.intp, types.intp, types.float32, aligned), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def sum_groups(_context: Any, products: Any, groups: Any, scale: Any) -> Any:
-    """Exact int64 sum of products * scale, each truncated towards zero; at most 8 groups, terms below 2^28."""
+def dot_of_groups(_context: Any, w: Any, x: Any, at: Any, groups: Any) -> Any:
+    """Sum of w[0 : 16 groups] * x[at :], float64: exact for integers whose sums of magnitudes stay below 2^53."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         vectors = _Vectors(context, builder, signature, args)
-        word, wide = ir.VectorType(_WORD, GROUP), ir.VectorType(ir.IntType(64), GROUP)
-        factor = vectors.repeated(args[2])
-        total = cgutils.alloca_once_value(builder, _constant(word, 0))
-        with vectors.indices(args[1]) as (index, _):
-            scaled = builder.fmul(vectors.load(0, index), builder.load(factor))
-            builder.store(builder.add(builder.load(total), builder.fptosi(scaled, word)), total)
-        return vectors.reduce("add", builder.sext(builder.load(total), wide))
+        total = cgutils.alloca_once_value(builder, _constant(ir.VectorType(_DOUBLE, GROUP), 0.0))
+        with vectors.indices(args[3]) as (index, _):
+            other = vectors.load(1, builder.add(args[2], index))
+            # Fused or not, an exact product is the same.
+            product = builder.fmul(vectors.load(0, index), other, flags=("contract",))
+            builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
+        return vectors.sum(builder.load(total))
 
-    return types.int64(products, types.intp, types.float32), generate
+    return types.float64(w, x, types.intp, types.intp), generate
