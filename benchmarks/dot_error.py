@@ -1,51 +1,96 @@
-"""Error of dot products whose weights keep memory's significands, beside normalised ones (numerics version 1).
+"""Error of dot products with operands aligned to one exponent a chunk, beside products aligned one by one (version 2).
 
 python benchmarks/dot_error.py [--json]
 
 Root mean square, in units of the root mean square of the exact results: of the matrix unit's own arithmetic (sums of
-exact products of operands are the reference), and of rounding the vectors to operands alone, for comparison.
+exact products of operands are the reference), and of rounding the vectors to operands and the weights to their format
+alone, for comparison. Outliers are one channel in 64, the same in weights and vectors.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from typebar.isa.numerics import Format, decode, dot, encode, to_operand
+from typebar.isa.numerics import Format, add, decode, dot, encode, to_operand
+from typebar.isa.numerics.formats import LEAST_EXPONENT, F32Array
 
 LANES, LENGTH, COLUMNS, VECTORS = 64, 1536, 64, 16
-WEIGHTS = {
-    "fp16, deviation 0.02": (Format.FP16, 0.02),
-    "fp16, deviation 1e-4": (Format.FP16, 1e-4),
-    "fp16, deviation 1e-5": (Format.FP16, 1e-5),
-    "int8, deviation 32": (Format.INT8, 32.0),
-    "int8, deviation 1": (Format.INT8, 1.0),
-}
-OUTLIERS = {"normal": 1.0, "one in 64 is 100 times larger": 100.0}
 
 
-def errors(fmt: Format, deviation: float, outlier: float) -> dict[str, float]:
+class Case(NamedTuple):
+    """Normal weights of a format, vectors of deviation 1, and how many times larger either is in outlier channels."""
+
+    fmt: Format
+    deviation: float
+    weight_outlier: float = 1
+    vector_outlier: float = 1
+
+    def __str__(self) -> str:
+        outliers = f", outliers x{self.weight_outlier:g}" if self.weight_outlier != 1 else ""
+        vectors = f"outliers x{self.vector_outlier:g}" if self.vector_outlier != 1 else "normal"
+        return f"{self.fmt.name.lower()} {self.deviation:g}{outliers}; {vectors}"
+
+
+CASES = [
+    *(Case(Format.FP16, deviation, 1, vectors) for deviation in (0.02, 1e-4, 1e-5) for vectors in (1, 100)),
+    *(Case(Format.INT8, deviation, 1, vectors) for deviation in (32, 1) for vectors in (1, 100, 1e4)),
+    *(
+        Case(fmt, 0.02, weights, vectors)
+        for fmt in (Format.FP16, Format.BF16)
+        for weights, vectors in (
+            (1, 1e4),
+            (10, 1),
+            (100, 1),
+            (1000, 1),
+            (100, 100),
+            (10, 0.1),
+            (100, 0.01),
+            (1000, 0.001),
+        )
+    ),
+]
+
+
+def products_aligned(weights: F32Array, x: F32Array, fmt: Format) -> F32Array:
+    """Version 2: each exact product is truncated to a multiple of 2^(E-23), E its chunk's largest sum of exponents."""
+    total = np.zeros((x.shape[0], weights.shape[1]), np.float32)
+    for first in range(0, x.shape[1], LANES):
+        w, part = weights[first : first + LANES].astype(np.float64), x[:, first : first + LANES].astype(np.float64)
+        product = part[:, :, None] * w
+        w_exponent = np.maximum(np.frexp(w)[1] - 1, LEAST_EXPONENT[fmt])
+        exponent = np.where(product != 0, (np.frexp(part)[1] - 1)[:, :, None] + w_exponent, -999)
+        unit = np.ldexp(1.0, exponent.max(axis=1, keepdims=True) - 23)
+        total = add(total, (np.trunc(product / unit) * unit).sum(axis=1).astype(np.float32))
+    return total
+
+
+def errors(case: Case) -> dict[str, float]:
     """Relative errors of one kind of weights and vectors."""
     rng = np.random.default_rng(1)
-    weights = decode(encode((rng.standard_normal((LENGTH, COLUMNS)) * deviation).astype(np.float32), fmt)[0], fmt)
+    unrounded = rng.standard_normal((LENGTH, COLUMNS)) * case.deviation
     x = rng.standard_normal((VECTORS, LENGTH)).astype(np.float32)
-    x[:, rng.random(LENGTH) < 1 / 64] *= np.float32(outlier)
-    operands = to_operand(x)[0].astype(np.float64)
-    exact = operands @ weights.astype(np.float64)
+    outlier = rng.random(LENGTH) < 1 / 64
+    unrounded[outlier] *= case.weight_outlier
+    x[:, outlier] *= np.float32(case.vector_outlier)
+    weights = decode(encode(unrounded.astype(np.float32), case.fmt)[0], case.fmt)
+    operands = to_operand(x)[0]
+    exact = operands.astype(np.float64) @ weights.astype(np.float64)
 
     def relative(result: NDArray[Any], reference: NDArray[np.float64]) -> float:
         return float(np.sqrt(np.mean((result - reference) ** 2) / np.mean(reference**2)))
 
     return {
-        "as stored": relative(dot(weights, x, LANES, fmt=fmt)[0], exact),
-        "normalised": relative(dot(weights, x, LANES, fmt=Format.FP32)[0], exact),
+        "operands aligned": relative(dot(weights, x, LANES, fmt=case.fmt)[0], exact),
+        "products aligned": relative(products_aligned(weights, operands, case.fmt), exact),
         "rounding x": relative(exact, x.astype(np.float64) @ weights.astype(np.float64)),
+        "rounding weights": relative(operands.astype(np.float64) @ unrounded, exact),
     }
 
 
@@ -53,14 +98,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    rows = {f"{w}; x {o}": errors(*WEIGHTS[w], OUTLIERS[o]) for w in WEIGHTS for o in OUTLIERS}
+    rows = {str(case): errors(case) for case in CASES}
     if args.json:
         print(json.dumps(rows))
         return
-    table = Table("weights; vectors", "as stored", "normalised", "rounding x", title="Relative error, root mean square")
+    table = Table("weights; vectors", *next(iter(rows.values())), title="Relative error, root mean square")
     for name, row in rows.items():
         table.add_row(name, *(f"{value:.2e}" for value in row.values()))
-    Console(width=110).print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":
