@@ -72,7 +72,7 @@ def emit_attention(e: Emission, op: dev.AttentionOp | AttendOp) -> None:
     scale = e.scratch(op)["scale"]
     build.add("vmov", b_from=_IMMEDIATE, imm=float_bits(op.scale.value.data), dst=scale, n=1)
     if shape.pad > shape.size:
-        build.note("words between heads meet zero weights, but must be numbers")
+        build.note("words between heads are zeros, which take no part")
         build.add("vmov", b_from=_IMMEDIATE, dst=op.address, n=shape.heads * shape.pad)
     if shape.window is not None and not shape.blocks:
         _window(e, shape)
