@@ -8,8 +8,10 @@ One chunk holds at most `lanes` products. Its sum is worked out so that a lane i
    of lanes that take part. Ex is the same for all columns. The exponent of a weight is at least its memory format's
    `LEAST_EXPONENT`: fp16's subnormals have the exponent of its smallest normals, and all of int8 has that of 128, for
    memory's significands are not normalised.
+   Ew is then rounded up to a multiple of `WEIGHT_STEP`, so that hardware shifts weights by whole steps.
 4. The vector's magnitudes are truncated to multiples of 2^(Ex-23), `VECTOR_BITS` bits, the weights' to multiples of
-   2^(Ew-16), `WEIGHT_BITS` bits. The products, with their signs, are added exactly.
+   2^(Ew-16), `WEIGHT_BITS` bits; of weights below 2^(Ew-15) nothing is kept. The products, with their signs, are
+   added exactly.
 5. An exact zero is +0; any other sum is rounded once to float32, nearest even; 2^128 and above is infinity.
 
 Chunk sums are multiples of 2^-120 and so never subnormal: operands are at least 2^-50 and have 11 significant bits,
@@ -43,6 +45,8 @@ VECTOR_BITS = 24
 """Bits of an aligned vector element's magnitude."""
 WEIGHT_BITS = 17
 """Bits of an aligned weight's magnitude: with a sign, the narrow side of a DSP slice's 27 x 18-bit multiplier."""
+WEIGHT_STEP = 4
+"""Ew is a multiple of this."""
 SUM_FRACTION_BITS = VECTOR_BITS - 1 + WEIGHT_BITS - 1
 """A chunk's exact sum counts units of 2^(Ex + Ew - this)."""
 
@@ -69,16 +73,18 @@ def _split(operand: F32Array, least: int) -> tuple[NDArray[np.int64], NDArray[np
 
 
 def _align(
-    significand: NDArray[np.int64], exponent: NDArray[np.int64], counts: NDArray[np.bool_], bits: int
+    significand: NDArray[np.int64], exponent: NDArray[np.int64], counts: NDArray[np.bool_], bits: int, step: int = 1
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Signed magnitudes of `bits` bits below the largest exponent of those that count, and that exponent (0: none).
 
-    The lanes are axis 1. Elements that do not count are 0.
+    It is rounded up to a multiple of `step`; with one, what lies four or more below is 0. The lanes are axis 1.
+    Elements that do not count are 0.
     """
     top = np.where(counts, exponent, np.iinfo(np.int64).min).max(axis=1, keepdims=True)
-    top = np.where(counts.any(axis=1, keepdims=True), top, 0)
+    top = np.where(counts.any(axis=1, keepdims=True), -(-top // step) * step, 0)
     below = np.clip(top - exponent, 0, 63)
-    magnitude = np.where(counts, np.abs(significand) << (bits - SIGNIFICAND_BITS) >> below, 0)
+    near = counts & (below < (bits if step == 1 else 4 * step))
+    magnitude = np.where(near, np.abs(significand) << (bits - SIGNIFICAND_BITS) >> below, 0)
     return np.sign(significand) * magnitude, top
 
 
@@ -92,7 +98,7 @@ def chunk_sum(weights: F32Array, x: F32Array, fmt: Format = Format.FP32) -> F32A
     takes_part = x_significand != 0
     x_aligned, x_top = _align(x_significand, x_exponent, takes_part, VECTOR_BITS)
     counts = takes_part[:, :, None] & (w_significand != 0)
-    w_aligned, w_top = _align(w_significand[None], w_exponent[None], counts, WEIGHT_BITS)
+    w_aligned, w_top = _align(w_significand[None], w_exponent[None], counts, WEIGHT_BITS, WEIGHT_STEP)
     total = (x_aligned[:, :, None] * w_aligned).sum(axis=1)
     with np.errstate(over="ignore"):
         value = np.ldexp(total.astype(np.float32), x_top + w_top[:, 0] - SUM_FRACTION_BITS)
