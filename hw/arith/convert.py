@@ -33,7 +33,11 @@ SIGNIFICAND_BITS = 24 - OPERAND_DROPPED_BITS
 OPERAND = data.StructLayout({"significand": SIGNIFICAND_BITS, "exponent": 8, "nonzero": 1, "sign": 1})
 """The matrix unit's operand: (-1)^sign significand 2^(exponent - 127 - 10), zero unless `nonzero`, whatever the other
 fields hold. The exponent of another one is from 77 to 254. A NaN is told by a bit beside the operands."""
-_FLAG_PORTS = {"operand": Out(OPERAND), "overflow": Out(1), "nan": Out(1)}
+WEIGHT_VALUE_BITS = SIGNIFICAND_BITS + 3
+STEP = data.StructLayout({"exponent": 6, "nonzero": 1})
+WEIGHT = data.StructLayout({"value": WEIGHT_VALUE_BITS, "step": STEP, "sign": 1})
+"""An operand from memory: its exponent's two low bits have shifted the significand, the others are the step."""
+_FLAG_PORTS = {"overflow": Out(1), "nan": Out(1)}
 _SMALLEST = BIAS + OPERAND_MIN_EXPONENT
 _LARGEST = OPERAND_MAX_BITS >> 23
 """Exponent fields of the smallest operand and of the largest."""
@@ -67,7 +71,7 @@ class OperandFromFloat32(wiring.Component):
     def __init__(self, latency: int) -> None:
         """A converter of `latency` >= 1 cycles."""
         self.latency = latency
-        super().__init__({"x": In(32), "present": In(1), **_FLAG_PORTS})
+        super().__init__({"x": In(32), "present": In(1), "operand": Out(OPERAND), **_FLAG_PORTS})
 
     def elaborate(self, platform: object) -> Module:
         """Round, then limit: two places to cut."""
@@ -98,9 +102,19 @@ def _round_operand(x: Any) -> tuple[Any, Any]:
 
 
 def _connect(m: Module, unit: Any, s: Any) -> None:
-    """A converter's outputs."""
-    operand = Cat(s.significand, s.exponent, s.nonzero, s.sign)
-    m.d.comb += [unit.operand.eq(operand), unit.overflow.eq(s.overflow), unit.nan.eq(s.nan)]
+    """A converter's outputs: an operand or a weight."""
+    m.d.comb += [unit.overflow.eq(s.overflow), unit.nan.eq(s.nan)]
+    if hasattr(unit, "operand"):
+        m.d.comb += unit.operand.eq(Cat(s.significand, s.exponent, s.nonzero, s.sign))
+    else:
+        m.d.comb += unit.weight.eq(Cat(s.value, s.step, s.nonzero, s.sign))
+
+
+def _stepped(m: Module, significand: Any, exponent: Any) -> dict[str, Any]:
+    """A weight's value and step."""
+    value = Signal(WEIGHT_VALUE_BITS, name="value")
+    m.d.comb += value.eq(significand << exponent[:2])
+    return {"value": value, "step": exponent[2:]}
 
 
 def placed(byte: Any, short: Any, is_int8: Any) -> Any:
@@ -121,7 +135,7 @@ class OperandFromMemory(wiring.Component):
     def __init__(self, latency: int) -> None:
         """A converter of `latency` >= 1 cycles."""
         self.latency = latency
-        super().__init__({"word": In(32), "format": In(FORMAT_BITS), **_FLAG_PORTS})
+        super().__init__({"word": In(32), "format": In(FORMAT_BITS), "weight": Out(WEIGHT), **_FLAG_PORTS})
 
     def elaborate(self, platform: object) -> Module:
         """A bf16 is a float32 with nothing to round: round, then choose."""
@@ -149,9 +163,10 @@ class OperandFromMemory(wiring.Component):
         )
         exponent = named(m, s.rounded[SIGNIFICAND_BITS - 1 :], "rounded_exponent")
         significand = Cat(s.rounded[: SIGNIFICAND_BITS - 1], Const(1, 1))
+        significand = named(m, Mux(s.top, -1, Mux(s.is_wide, significand, s.significand))[:SIGNIFICAND_BITS], "chosen")
+        chosen = named(m, Mux(s.top, _LARGEST, Mux(s.is_wide, exponent, s.exponent))[:8], "chosen_exponent")
         s = pipe.cut(
-            significand=Mux(s.top, -1, Mux(s.is_wide, significand, s.significand))[:SIGNIFICAND_BITS],
-            exponent=Mux(s.top, _LARGEST, Mux(s.is_wide, exponent, s.exponent))[:8],
+            **_stepped(m, significand, chosen),
             nonzero=s.nonzero | (s.is_wide & (s.top | (exponent >= _SMALLEST))),
             sign=s.sign,
             overflow=s.top & ~s.nan,
@@ -171,10 +186,10 @@ class OperandFromShort(wiring.Component):
     def __init__(self, latency: int) -> None:
         """A converter of `latency` >= 1 cycles; FP32 as format gives a meaningless operand."""
         self.latency = latency
-        super().__init__({"element": In(16), "format": In(FORMAT_BITS), **_FLAG_PORTS})
+        super().__init__({"element": In(16), "format": In(FORMAT_BITS), "weight": Out(WEIGHT), **_FLAG_PORTS})
 
     def elaborate(self, platform: object) -> Module:
-        """Choose and limit in one, kept as often as may be."""
+        """Choose and limit, then shift by the exponent's low bits: two places to cut."""
         m = Module()
         pipe = Pipeline(m, cuts=CUTS, latency=self.latency)
         raw, is_bf16 = self.element, self.format[0]
@@ -190,7 +205,9 @@ class OperandFromShort(wiring.Component):
             overflow=top & ~nan,
             nan=nan,
         )
-        s = pipe.cut(**vars(s))
+        s = pipe.cut(
+            **_stepped(m, s.significand, s.exponent), nonzero=s.nonzero, sign=s.sign, overflow=s.overflow, nan=s.nan
+        )
         _connect(m, self, s)
         assert pipe.complete
         return m

@@ -1,72 +1,153 @@
-"""The aligned dot product: one chunk of `lanes` products, added as `numerics.chunk_sum` adds them."""
+"""The aligned dot product: one chunk of `lanes` products, added as `numerics.chunk_sum` adds them.
+
+`AlignedVector` is there once for a row of dot units, `DotUnit` once for each. Both are cut at the same places, and
+`Lags` tells when what goes from one to the other, or comes from the weights' tile, must be there.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any
 
 from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
-from typebar.hw.arith.convert import OPERAND
-from typebar.hw.arith.dsp import multiply_add, sums
+from typebar.hw.arith.convert import OPERAND, STEP, WEIGHT, WEIGHT_VALUE_BITS
+from typebar.hw.arith.dsp import SUM_BITS, multiply_add
 from typebar.hw.arith.float32 import BIAS, leading_zeros, named, round_pack
-from typebar.hw.arith.pipeline import Pipeline
+from typebar.hw.arith.pipeline import Pipeline, depths
 from typebar.hw.delay import delayed
 from typebar.isa.errors import TypebarError
-from typebar.isa.numerics.dot import ALIGNED_FRACTION_BITS
+from typebar.isa.instructions import Format
+from typebar.isa.numerics.dot import SUM_FRACTION_BITS, VECTOR_BITS, WEIGHT_BITS, sum_bits
+from typebar.isa.numerics.formats import LEAST_EXPONENT
 
-PRODUCT_BITS = 22
-PRODUCT_FRACTION_BITS = 20
-EXPONENT_BITS = 10
-"""Bits of a product's exponent: the sum of two fields, and whether the product is not zero above it."""
-ALIGNED_BITS = PRODUCT_BITS + ALIGNED_FRACTION_BITS - PRODUCT_FRACTION_BITS
-_FINE_BITS = 3
-_FINE = 1 << _FINE_BITS
-"""Products are shifted by multiples of this in look-up tables, and by the rest in a multiplier."""
-_CHAIN = 5
-"""Slices that add one after the other. Three have registers enough to wait for one another; two more need some."""
-_LEVELS = 3
-"""Levels of the tree of adders between two cuts."""
+SIGNIFICAND_BITS = len(Signal(OPERAND).significand)
+_DIGITS = 3
+"""Digits of two bits that a step has. The largest is found digit by digit, one before each place."""
+_STEP = (BIAS + LEAST_EXPONENT[Format.INT8]) >> 2
+"""The step of all weights of int8."""
+_OWN_BITS, _OWN_AT = 8, 8
+"""An int8, and its place among an aligned weight's bits."""
+_SLICED = 1 << (SUM_BITS - sum_bits(1))
+"""Lanes whose sum a slice's adder holds."""
+_FINISH = 4
+"""Places behind the sum: magnitude, count of zeros, normalised, rounded."""
+
+
+@dataclass(frozen=True)
+class Lags:
+    """Registers at the places of a dot unit, in their order, and the cycles at which values meet."""
+
+    search: list[int]
+    """While the largest exponents are searched for."""
+    below: int
+    select: int
+    operand: int
+    """A slice's first registers."""
+    sums: list[int]
+    """By level of the tree of slices, the first being the deepest; the last of several trees' sum."""
+
+    @staticmethod
+    def of(lanes: int, latency: int) -> Lags:
+        """Those of a dot unit of `lanes` lanes that takes `latency` cycles."""
+        places = depths(cuts(lanes), latency)
+        below, select, operand, *sums = places[_DIGITS:-_FINISH]
+        return Lags(places[:_DIGITS], below, select, operand, sums)
+
+    def digit(self, index: int) -> int:
+        """When a digit of the weights' steps is wanted, 0 being the highest."""
+        return sum(self.search[:index])
+
+    @property
+    def signs(self) -> int:
+        """When signs meet, and steps are compared with the largest."""
+        return sum(self.search) + self.below
+
+    @property
+    def values(self) -> int:
+        """When magnitudes meet: the vector's are aligned, the weights' about to be."""
+        return self.signs + self.select
+
+    @property
+    def sum(self) -> int:
+        """When the exact sum is there."""
+        return self.values + self.operand + sum(self.sums)
 
 
 def cuts(lanes: int) -> int:
     """Places where a dot unit of `lanes` lanes may be cut."""
-    return 1 + _rounds(lanes) + 2 + _CHAIN + _sums(lanes) + 2
+    return _DIGITS + 3 + min(lanes, _SLICED).bit_length() + (lanes > _SLICED) + _FINISH
 
 
-def _rounds(lanes: int) -> int:
-    """Places in the tree that finds the largest exponent: two levels between two of them."""
-    return (_levels(lanes) + 1) // 2
+class AlignedVector(wiring.Component):
+    """A vector's chunk for a row of dot units: its largest exponent, and magnitudes aligned to that.
 
-
-def _sums(lanes: int) -> int:
-    """Places in the tree that adds what the chains give."""
-    return -(-_levels(-(-lanes // _CHAIN)) // _LEVELS)
-
-
-def _levels(lanes: int) -> int:
-    return (lanes - 1).bit_length()
-
-
-class DotProduct(wiring.Component):
-    """sum = the chunk sum of `lanes` operand pairs, float32; `latency` >= 1 cycles, one chunk a cycle.
-
-    Absent lanes must come as zeros, and `nan` tells of a NaN in a present one: both belong to the conversion of
-    operands, which many dot units share.
-
-    A product's exponent is the sum of two exponent fields, at most 510, and 512 more if the product is not zero, which
-    the sum of the operands' bits for that tells. One that is has at least 512 + 2 x 77, so a zero product never has the
-    largest exponent beside others, and is then shifted out, whatever its significands hold.
-
-    Magnitudes are truncated before they get their sign: a negative one is inverted, which shifting and truncating
-    does not change, and the missing ones are added to the sum.
+    `signs` come in `Lags.signs`, `magnitudes` (0 of a zero) and `exponent` in `Lags.values`. Absent lanes must come as
+    zeros.
     """
 
     def __init__(self, lanes: int, latency: int) -> None:
+        """For dot units of this `latency`."""
+        self.lanes, self.latency = lanes, latency
+        super().__init__(
+            {
+                "x": In(data.ArrayLayout(OPERAND, lanes)),
+                "signs": Out(lanes),
+                "magnitudes": Out(data.ArrayLayout(VECTOR_BITS, lanes)),
+                "exponent": Out(len(Signal(OPERAND).exponent)),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        """Find the largest exponent, compare, shift."""
+        m = Module()
+        pipe, lags = Pipeline(m, cuts=cuts(self.lanes), latency=self.latency), Lags.of(self.lanes, self.latency)
+        tops, levels = [Cat(x.exponent, x.nonzero) for x in self.x], (self.lanes - 1).bit_length()
+        for place in range(_DIGITS):
+            for _ in range(levels * place // _DIGITS, levels * (place + 1) // _DIGITS):
+                tops = _reduce(m, tops, _larger)
+            tops = pipe.cut(tops=tops if place < _DIGITS - 1 else [tops[0][:-1]]).tops
+        top = tops[0]
+        significands, amounts, signs = [], [], []
+        for lane in range(self.lanes):
+            x = data.View(OPERAND, delayed(m, self.x[lane].as_value(), sum(lags.search), f"x{lane}"))
+            below = named(m, (top - x.exponent)[: len(top)], f"below{lane}")
+            # From as many places on as there are bits nothing remains.
+            far = below[5:].any() | below[3:5].all() | ~x.nonzero
+            assert VECTOR_BITS == 24
+            amounts.append(below[:5] | far.replicate(5))
+            significands.append(x.significand)
+            signs.append(x.sign)
+        s = pipe.cut(significands=significands, amounts=amounts, signs=Cat(signs), top=top)
+        m.d.comb += self.signs.eq(s.signs)
+        shifted = [
+            (Cat(Const(0, VECTOR_BITS - SIGNIFICAND_BITS), significand) >> amount)[:VECTOR_BITS]
+            for significand, amount in zip(s.significands, s.amounts, strict=True)
+        ]
+        s = pipe.cut(shifted=shifted, top=s.top)
+        m.d.comb += [self.magnitudes.eq(Cat(s.shifted)), self.exponent.eq(s.top)]
+        return m
+
+
+class DotUnit(wiring.Component):
+    """sum = the chunk sum of `lanes` weights and a vector's elements, float32; `latency` >= 1 cycles, one a cycle.
+
+    Of the weights' steps (`WEIGHT`) `nonzero` comes in the first cycle, a digit of all lanes in each `Lags.digit`, and
+    all of it again, `steps`, in `Lags.signs`, with both signs; `values`, `magnitudes` and `exponent` come in
+    `Lags.values`. `present` tells in the first cycle which of the vector's elements are not zero, `nan` of a NaN in
+    any present lane of either.
+
+    With `own`, a unit may take weights of its own, `own_values`, which are int8, in `Lags.values`, if `folded` in
+    `Lags.signs`; the others must be int8, too, for their low bits are then nothing.
+
+    A step is four exponents, and weights are shifted by whole steps here: one look-up table a bit. What lies four or
+    more below the largest is left out, by the slice's pre-adder, which gives the sign as well.
+    """
+
+    def __init__(self, lanes: int, latency: int, own: bool = False) -> None:
         """A unit of `lanes` lanes.
 
         Raises:
@@ -74,152 +155,210 @@ class DotProduct(wiring.Component):
         """
         if lanes < 2:
             raise TypebarError(f"a dot unit needs at least 2 lanes, not {lanes}: raise matrix.lanes")
-        self.lanes, self.latency = lanes, latency
-        operands = data.ArrayLayout(OPERAND, lanes)
-        super().__init__({"w": In(operands), "x": In(operands), "nan": In(1), "sum": Out(32)})
+        self.lanes, self.latency, self.own = lanes, latency, own
+        owned = {"folded": In(1), "own_values": In(data.ArrayLayout(signed(_OWN_BITS), lanes))} if own else {}
+        super().__init__(
+            {
+                "nonzero": In(lanes),
+                **{f"digits{index}": In(data.ArrayLayout(2, lanes)) for index in range(_DIGITS)},
+                "steps": In(data.ArrayLayout(STEP, lanes)),
+                "weight_signs": In(lanes),
+                "values": In(data.ArrayLayout(WEIGHT_VALUE_BITS, lanes)),
+                **owned,
+                "present": In(lanes),
+                "vector_signs": In(lanes),
+                "magnitudes": In(data.ArrayLayout(VECTOR_BITS, lanes)),
+                "exponent": In(len(Signal(OPERAND).exponent)),
+                "nan": In(1),
+                "sum": Out(32),
+            }
+        )
 
     def elaborate(self, platform: object) -> Module:
-        """Multiply, find the largest exponent, align, add, normalise, round."""
+        """Find the largest step, compare, shift, multiply and add, normalise, round."""
         m = Module()
         pipe = Pipeline(m, cuts=cuts(self.lanes), latency=self.latency)
-        rounds = _rounds(self.lanes)
-        first, *ahead = pipe.ahead(1 + rounds + 1)
-        lanes = self._lanes(m, first)
-        products = self._products(m, [first, *ahead], lanes)
-        s = pipe.cut(signs=lanes.signs, nan=self.nan)
-        tops = lanes.exponents
-        for _ in range(rounds):
-            for _ in range(2):
-                tops = _reduce(m, tops, _larger)
-            s = pipe.cut(tops=tops, signs=s.signs, nan=s.nan)
-            tops = s.tops
-        before = sum(ahead[:rounds])
-        distances = sums(
-            m, "distances", tops * self.lanes, lanes.exponents, bits=EXPONENT_BITS, subtract=True, before=before
-        )
-        shifts = [self._shift(m, distance, i) for i, distance in enumerate(distances)]
-        coarse, fine = [shift[0] for shift in shifts], [shift[1] for shift in shifts]
-        s = pipe.cut(coarse=coarse, fine=fine, top=tops[0], signs=s.signs, nan=s.nan)
-        terms = [self._coarse(m, *item) for item in zip(products, s.coarse, s.signs, strict=True)]
-        s = pipe.cut(terms=terms, fine=s.fine, signs=s.signs, top=s.top, nan=s.nan)
-        m.d.comb += self.sum.eq(_float32(m, pipe, *self._add(m, pipe, *self._chains(m, pipe, s))))
+        self._lags = lags = Lags.of(self.lanes, self.latency)
+        top, largest = self._search(m, pipe)
+        s = pipe.cut(top=top, largest=largest, before=named(m, (top[2:] - 1)[: len(top) - 2], "before"))
+        amounts, off = self._amounts(m, s.top, s.before, s.largest)
+        negative, top = self.weight_signs ^ self.vector_signs, s.top
+        owned = {}
+        if self.own:
+            folded = owned["folded"] = self.folded
+            negative = Mux(folded, self.vector_signs, negative)
+            off, amounts = off & ~folded.replicate(self.lanes), [item & ~folded.replicate(2) for item in amounts]
+            top = Mux(folded, _STEP, top)[: len(top)]
+        s = pipe.cut(negative=negative, off=off, amounts=amounts, top=top, **owned)
+        aligned = [self._aligned(m, lane, s) for lane in range(self.lanes)]
+        total = self._sum(m, aligned, s.negative, s.off)
+        # The sum counts units of 2 to this, less a constant.
+        scale = named(m, Cat(Const(3, 2), s.top) + self.exponent, "scale")
+        for _ in range(1 + len(lags.sums)):
+            scale = pipe.cut(scale=scale).scale
+        m.d.comb += self.sum.eq(_float32(m, pipe, total, scale, delayed(m, self.nan, lags.sum, "nan")))
         assert pipe.complete
         return m
 
-    def _lanes(self, m: Module, behind: int) -> Any:
-        """Significands and the product's sign; `behind` cycles later the product's exponent."""
-        lanes: dict[str, list[Any]] = {"w": [], "x": [], "signs": []}
-        parts: dict[str, list[Any]] = {"w": [], "x": []}
-        for i in range(self.lanes):
-            for side, operand in (("w", self.w[i]), ("x", self.x[i])):
-                parts[side].append(Cat(operand.exponent, Const(0, 1), operand.nonzero))
-                lanes[side].append(operand.significand)
-            lanes["signs"].append(self.w[i].sign ^ self.x[i].sign)
-        exponents = [
-            delayed(m, Cat(exponent[:9], exponent[10]), behind, f"exponent{i}")
-            for i, exponent in enumerate(sums(m, "exponents", parts["w"], parts["x"], bits=EXPONENT_BITS + 1))
-        ]
-        return SimpleNamespace(**lanes, exponents=exponents)
+    def _search(self, m: Module, pipe: Pipeline) -> tuple[Any, Any]:
+        """The largest step of those lanes that take part, and which have it, but for its last digit.
 
-    @staticmethod
-    def _products(m: Module, registers: list[int], s: Any) -> list[Any]:
-        """Products of the significands, as late as so many registers."""
-        cycles = sum(registers)
-        behind = min(cycles, 1)
-        return [
-            multiply_add(m, f"product{i}", w, x, None, PRODUCT_BITS, before=cycles - behind, behind=behind)
-            for i, (w, x) in enumerate(zip(s.w, s.x, strict=True))
-        ]
-
-    @staticmethod
-    def _shift(m: Module, below: Any, lane: int) -> tuple[Any, Any]:
-        """How far to shift a product to the right: multiples of 8, and one of 8 bits for the rest, that of 7 lowest.
-
-        From 25 places on nothing remains: 31 stands for all distances beyond.
+        Digit by digit, the highest first: the largest of those that have the largest ones before.
         """
-        far = named(m, below[5:].any(), f"far{lane}")
-        rest = below[:_FINE_BITS] | far.replicate(_FINE_BITS)
-        fine = Cat(rest == _FINE - 1 - bit for bit in range(_FINE))
-        return below[_FINE_BITS:5] | far.replicate(5 - _FINE_BITS), fine
+        left, found = named(m, self.nonzero & self.present, "left0"), []
+        for index in range(_DIGITS):
+            digits = getattr(self, f"digits{index}")
+            low, high = (Cat(digits[lane][bit] for lane in range(self.lanes)) for bit in range(2))
+            any_high, any_both, any_low = (left & high).any(), (left & high & low).any(), (left & low).any()
+            digit = named(m, Cat(Mux(any_high, any_both, any_low), any_high), f"digit{index}")
+            if index < _DIGITS - 1:
+                same = Cat(digits[lane] == digit for lane in range(self.lanes))
+                left = named(m, left & same, f"left{index + 1}")
+            s = pipe.cut(left=left, found=[*found, digit])
+            left, found = s.left, s.found
+        return Cat(reversed(found)), left
 
-    @staticmethod
-    def _coarse(m: Module, product: Any, count: Any, sign: Any) -> Any:
-        """A product shifted by multiples of 8 and then inverted if negative: one look-up table a bit."""
-        value, shifted = Cat(Const(0, ALIGNED_BITS - PRODUCT_BITS), product), Signal(ALIGNED_BITS, name="shifted")
-        with m.Switch(count):
-            for case in range(1 << len(count)):
-                with m.Case(case):
-                    m.d.comb += shifted.eq(value >> (_FINE * case))
-        return named(m, Cat(shifted ^ sign.replicate(ALIGNED_BITS), sign).as_signed(), "term")
+    def _amounts(self, m: Module, top: Any, before: Any, largest: Any) -> tuple[list[Any], Any]:
+        """How many steps each weight lies below the largest, and which are left out.
 
-    def _chains(self, m: Module, pipe: Pipeline, s: Any) -> tuple[list[Any], Any, Any]:
-        """Sums of a chain of slices each, every slice shifting its term by the rest and adding it.
-
-        The first adds it to the number of the chain's negative terms, each of which lacks a one.
+        `before` is the number before the largest step's higher digits, `largest` are the weights that have the latter.
         """
-        ahead, results = pipe.ahead(_CHAIN), []
-        for first in range(0, self.lanes, _CHAIN):
-            chain = range(first, min(first + _CHAIN, self.lanes))
-            start = _CHAIN - len(chain)
-            ones = named(m, sum((s.signs[lane] for lane in chain[1:]), s.signs[first]), f"ones{first}")
-            total = delayed(m, Cat(ones, Const(0, 1)).as_signed(), sum(ahead[:start]), f"ones{first}")
-            for place, lane in enumerate(chain, start):
-                total = multiply_add(
-                    m,
-                    f"sum{lane}",
-                    s.terms[lane],
-                    s.fine[lane],
-                    total,
-                    signed(_sum_bits(lane - first + 1 + (place < _CHAIN - 1))),
-                    drop=_FINE - 1,
-                    before=sum(ahead[:place]),
-                    behind=ahead[place],
-                )
-            results.append(total)
-        top, nan = s.top, s.nan
-        for _ in range(_CHAIN):
-            s = pipe.cut(top=top, nan=nan)
-            top, nan = s.top, s.nan
-        return results, top, nan
+        amounts, near = [], []
+        for lane in range(self.lanes):
+            step = self.steps[lane]
+            amounts.append(named(m, (top[:2] - step.exponent[:2])[:2], f"amount{lane}"))
+            close = step.nonzero & (step.exponent[2:] == before) & (step.exponent[:2] > top[:2])
+            near.append(largest[lane] | close)
+        return amounts, ~Cat(near)
 
-    def _add(self, m: Module, pipe: Pipeline, terms: list[Any], top: Any, nan: Any) -> tuple[Any, Any, Any]:
-        """The exact sum, with E and NaN kept in step."""
-        for _ in range(_sums(self.lanes)):
-            for _ in range(_LEVELS):
-                terms = _reduce(m, terms, partial(_sum, _sum_bits(self.lanes)))
-            s = pipe.cut(terms=terms, top=top, nan=nan)
-            terms, top, nan = s.terms, s.top, s.nan
-        return terms[0], top, nan
+    def _aligned(self, m: Module, lane: int, s: Any) -> Any:
+        """A weight shifted by whole steps, or the unit's own."""
+        value = Cat(Const(0, WEIGHT_BITS - WEIGHT_VALUE_BITS), self.values[lane])
+        shifted = Signal(WEIGHT_BITS, name="shifted")
+        with m.Switch(s.amounts[lane]):
+            for steps in range(4):
+                with m.Case(steps):
+                    m.d.comb += shifted.eq(value >> (4 * steps))
+        if not self.own:
+            return shifted
+        own = self.own_values[lane]
+        extended = Cat(own, own[-1].replicate(WEIGHT_BITS + 1 - _OWN_AT - _OWN_BITS))
+        high = Mux(s.folded, extended, Cat(shifted[_OWN_AT:], Const(0, 1)))
+        return named(m, Cat(shifted[:_OWN_AT], high).as_signed(), "weight")
+
+    def _sum(self, m: Module, weights: list[Any], negative: Any, off: list[Any]) -> Any:
+        """The exact sum, in `Lags.sum`: slices in binary trees, each adding two of the level below.
+
+        The first of these is the slice beside it. A slice's operands wait, most in its own registers, for the sums.
+        """
+        lags = self._lags
+
+        def tree(first: int, count: int, node: int, level: int) -> tuple[Any, int]:
+            """The sum of a heap's node, at a level counted from below, and how many lanes it has."""
+            parts: list[tuple[Any, int]] = [
+                tree(first, count, child, level - 1) for child in (2 * node, 2 * node + 1) if child <= count
+            ]
+            lane, lanes = first + node - 1, 1 + sum(number for _, number in parts)
+            total = multiply_add(
+                m,
+                f"sum{lane}",
+                self.magnitudes[lane],
+                weights[lane],
+                signed(sum_bits(lanes)),
+                negative=negative[lane],
+                off=off[lane],
+                pcin=parts[0][0] if parts else None,
+                c=parts[1][0] if len(parts) > 1 else None,
+                before=lags.operand + sum(lags.sums[:level]),
+                behind=lags.sums[level],
+            )
+            return total, lanes
+
+        levels = min(self.lanes, _SLICED).bit_length()
+        totals = [
+            tree(first, min(self.lanes - first, _SLICED), 1, levels - 1)[0] for first in range(0, self.lanes, _SLICED)
+        ]
+        if len(totals) == 1:
+            return totals[0]
+        joined = Signal(signed(sum_bits(self.lanes)), name="joined")
+        m.d.comb += joined.eq(sum(totals[1:], totals[0]))
+        return delayed(m, joined, lags.sums[levels], "joined")
 
 
-def _sum_bits(terms: int) -> int:
-    """Bits of a sum of so many aligned terms."""
-    return ALIGNED_BITS + 1 + _levels(terms)
+class DotProduct(wiring.Component):
+    """sum = the chunk sum of `lanes` operand pairs, float32: one `AlignedVector` and one `DotUnit`, `latency` cycles.
+
+    Absent lanes must come as zeros, and `nan` tells of a NaN in a present one: both belong to the conversion of
+    operands, which many dot units share.
+    """
+
+    def __init__(self, lanes: int, latency: int) -> None:
+        """For `lanes` >= 2 lanes.
+
+        Raises:
+            TypebarError: fewer than two lanes.
+        """
+        self.lanes, self.latency = lanes, latency
+        self._unit, self._vector = DotUnit(lanes, latency), AlignedVector(lanes, latency)
+        w, x = data.ArrayLayout(WEIGHT, lanes), data.ArrayLayout(OPERAND, lanes)
+        super().__init__({"w": In(w), "x": In(x), "nan": In(1), "sum": Out(32)})
+
+    def elaborate(self, platform: object) -> Module:
+        """The parts, and weights that wait."""
+        m, lags, lanes = Module(), Lags.of(self.lanes, self.latency), range(self.lanes)
+        m.submodules.unit, m.submodules.vector = unit, vector = self._unit, self._vector
+        weights = [self.w[lane] for lane in lanes]
+        m.d.comb += [getattr(unit, port).eq(value) for port, value in late_weights(m, weights, lags).items()]
+        m.d.comb += [
+            vector.x.eq(self.x),
+            unit.present.eq(Cat(self.x[lane].nonzero for lane in lanes)),
+            unit.vector_signs.eq(vector.signs),
+            unit.magnitudes.eq(vector.magnitudes),
+            unit.exponent.eq(vector.exponent),
+            unit.nan.eq(self.nan),
+            self.sum.eq(unit.sum),
+        ]
+        return m
 
 
-def _float32(m: Module, pipe: Pipeline, total: Any, top: Any, nan: Any) -> Any:
-    """A sum in units of 2^(E - 23), as float32: magnitude and count, then normalise and round."""
-    width = max(len(total) - 1, ALIGNED_BITS + 1)
-    magnitude = Signal(width)
+def _float32(m: Module, pipe: Pipeline, total: Any, scale: Any, nan: Any) -> Any:
+    """A sum in units of 2^(scale - 2 BIAS - SUM_FRACTION_BITS), as float32."""
+    width = len(total) - 1
     sign = total[-1]
-    m.d.comb += magnitude.eq((total ^ sign.replicate(len(total))) + sign)
-    s = pipe.cut(zeros=leading_zeros(m, magnitude, "sum"), magnitude=magnitude, sign=sign, top=top, nan=nan)
-    # E is top - 512 - 2 * 127, or there is no product; bit p of the sum counts 2^(E - 23 + p).
-    none = ~s.top[-1]
-    exponent = Signal(signed(11))
-    m.d.comb += exponent.eq(s.top[:-1] + (width - 1 - ALIGNED_FRACTION_BITS - BIAS) - s.zeros)
+    magnitude = named(m, ((total ^ sign.replicate(len(total))) + sign)[:width], "magnitude")
+    s = pipe.cut(magnitude=magnitude, sign=sign, scale=scale, nan=nan)
+    zeros = named(m, leading_zeros(m, s.magnitude, "sum"), "zeros")
+    s = pipe.cut(zeros=zeros, magnitude=s.magnitude, sign=s.sign, scale=s.scale, nan=s.nan)
+    exponent = Signal(signed(11), name="sum_exponent")
+    m.d.comb += exponent.eq(s.scale + (width - 1 - SUM_FRACTION_BITS - BIAS) - s.zeros)
     normal = named(m, (s.magnitude << s.zeros)[:width], "normal")
+    s = pipe.cut(normal=normal, exponent=exponent, sign=s.sign, nan=s.nan)
     bits = round_pack(
         m,
-        sign=s.sign & normal[-1] & ~none,
-        exponent=Mux(none, 0, exponent),
-        significand=normal[width - 24 :],
-        guard=normal[width - 25],
-        sticky=normal[: width - 25].any(),
+        sign=s.sign,
+        exponent=s.exponent.as_signed(),
+        significand=s.normal[width - 24 :],
+        guard=s.normal[width - 25],
+        sticky=s.normal[: width - 25].any(),
         infinite=Const(0, 1),
         nan=s.nan,
     )
     return pipe.cut(bits=bits).bits
+
+
+def late_weights(m: Module, weights: list[Any], lags: Lags) -> dict[str, Any]:
+    """Ports of dot units by name: weights (`WEIGHT`) of the first cycle, their fields as late as units want them."""
+    steps = [weight.step for weight in weights]
+    fields = {
+        "nonzero": (Cat(step.nonzero for step in steps), 0),
+        "steps": (Cat(step.as_value() for step in steps), lags.signs),
+        "weight_signs": (Cat(weight.sign for weight in weights), lags.signs),
+        "values": (Cat(weight.value for weight in weights), lags.values),
+    }
+    for index in range(_DIGITS):
+        at = 2 * (_DIGITS - 1 - index)
+        fields[f"digits{index}"] = (Cat(step.exponent[at : at + 2] for step in steps), lags.digit(index))
+    return {port: delayed(m, value, cycles, port) for port, (value, cycles) in fields.items()}
 
 
 def _reduce(m: Module, values: list[Any], join: Callable[[Module, Any, Any], Any]) -> list[Any]:
@@ -230,10 +369,3 @@ def _reduce(m: Module, values: list[Any], join: Callable[[Module, Any, Any], Any
 
 def _larger(m: Module, a: Any, b: Any) -> Any:
     return named(m, Mux(a < b, b, a), "larger")
-
-
-def _sum(bits: int, m: Module, a: Any, b: Any) -> Any:
-    """a + b, signed, in at most `bits` bits."""
-    result = Signal(signed(min(max(len(a), len(b)) + 1, bits)), name="partial")
-    m.d.comb += result.eq(a + b)
-    return result

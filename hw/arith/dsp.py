@@ -4,107 +4,86 @@ from __future__ import annotations
 
 from typing import Any
 
-from amaranth.hdl import Cat, Const, Module, Shape, Signal
-from amaranth.lib import data, wiring
+from amaranth.hdl import Module, Mux, Shape, Signal
+from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from typebar.hw.delay import delayed
 
 SLICE = "dsp_slice"
 """How the names of the Verilog modules begin: `hw.synthesis` counts each as one slice."""
-PARTS, PART_BITS = 4, 12
-_A_BITS, _B_BITS, _C_BITS = 27, 18, 48
-"""Signed widths of a slice's operands and of its adder (UG579)."""
+SUM_BITS = 48
+"""Width of a slice's adder, and of its ports for sums."""
+_A_BITS, _B_BITS = 27, 18
+"""Signed widths of the multiplier's operands (UG579)."""
 _OPERAND_REGISTERS, _PRODUCT_REGISTERS, _SUM_REGISTERS = 2, 1, 1
 _BEFORE = _OPERAND_REGISTERS + _PRODUCT_REGISTERS
 
 
 class MultiplyAdd(wiring.Component):
-    """p = (a * b >> `drop`) + c, rounded down: a and b come `before` cycles before c, and p `behind` cycles after it.
+    """p = +-(a * b), or 0 if `off`, plus the other sums: a and b come `before` cycles before these, p `behind` after.
 
-    Nothing is added to the bits dropped, so they never carry.
+    Sums are `pcin`, which only the slice beside it can give, and `c`, from anywhere. `negative` and `off` are bits of
+    INMODE: the pre-adder works out 0 - a, or leaves a out. INMODE has one register, beside the last of a.
     """
 
-    def __init__(self, a: Any, b: Any, c: Any, p: Any, *, drop: int, before: int, behind: int) -> None:
-        """A slice for operands of these shapes; `c` is None for a multiplier. At most 3 registers before, 1 behind."""
-        self._drop, self._before, self._behind = drop, before, behind
+    def __init__(self, a: Any, b: Any, p: Any, *, c: Any = None, pcin: Any = None, before: int, behind: int) -> None:
+        """A slice for values of these shapes, sums being None if there are none.
+
+        At most 3 registers before, of which `negative` and `off` pass those but the first of two; 1 behind.
+        """
+        self._before, self._behind = before, behind
+        self._sums = {name: shape for name, shape in (("c", c), ("pcin", pcin)) if shape is not None}
         assert before <= _BEFORE and behind <= _SUM_REGISTERS
-        for shape, bits in ((a, _A_BITS), (b, _B_BITS), (p, _C_BITS - drop)):
+        # The pre-adder needs the sign bit of a to itself.
+        limits = [(a, _A_BITS), (b, _B_BITS), (p, SUM_BITS), *((shape, SUM_BITS) for shape in self._sums.values())]
+        for shape, bits in limits:
             shape = Shape.cast(shape)
             assert shape.width + (not shape.signed) <= bits
-        self._adds = c is not None
-        super().__init__({"a": In(a), "b": In(b), **({"c": In(c)} if self._adds else {}), "p": Out(p)})
+        sums = {name: In(shape) for name, shape in self._sums.items()}
+        super().__init__({"a": In(a), "b": In(b), "negative": In(1), "off": In(1), **sums, "p": Out(p)})
 
     def elaborate(self, platform: object) -> Module:
-        """Registers, product, register, sum, register."""
+        """Registers, sign, product, register, sum, register."""
         m = Module()
         early = min(self._before, _OPERAND_REGISTERS)
-        total = delayed(m, self.a, early, "a") * delayed(m, self.b, early, "b")
-        total = delayed(m, total, self._before - early, "product")
-        if self._adds:
-            total = total + Cat(Const(0, self._drop), self.c).as_signed()
+        a, b = delayed(m, self.a, early, "a"), delayed(m, self.b, early, "b")
+        mode = min(early, 1)
+        negative, off = delayed(m, self.negative, mode, "negative"), delayed(m, self.off, mode, "off")
+        signed_a = Mux(off, 0, Mux(negative, -a, a))
+        product = delayed(m, signed_a * b, self._before - early, "product")
         result = Signal(self.p.shape(), name="result", attrs={"use_dsp": "yes"})
-        m.d.comb += [result.eq(total >> self._drop), self.p.eq(delayed(m, result, self._behind, "sum"))]
+        m.d.comb += [
+            result.eq(sum((getattr(self, name) for name in self._sums), product)),
+            self.p.eq(delayed(m, result, self._behind, "sum")),
+        ]
         return m
-
-
-class FourSums(wiring.Component):
-    """Four sums of up to 12 bits, or differences, modulo 2^bits, in one slice: its adder can be cut in four.
-
-    `p` comes in the cycle of a; b comes `before` cycles earlier. The registers around it may become the slice's.
-    """
-
-    def __init__(self, bits: int, subtract: bool, before: int = 0) -> None:
-        """Sums, or differences; at most 2 registers for b."""
-        assert bits <= PART_BITS and before <= _OPERAND_REGISTERS
-        self._bits, self._subtract, self._before = bits, subtract, before
-        parts = data.ArrayLayout(bits, PARTS)
-        super().__init__({"a": In(parts), "b": In(parts), "p": Out(parts)})
-
-    def elaborate(self, platform: object) -> Module:
-        """One adder for each part."""
-        m = Module()
-        for a, b, p in zip(self.a, self.b, self.p, strict=True):
-            b = delayed(m, b, self._before, "b")
-            result = Signal(self._bits, name="result", attrs={"use_dsp": "simd"})
-            m.d.comb += [result.eq(a - b if self._subtract else a + b), p.eq(result)]
-        return m
-
-
-def sums(
-    m: Module, name: str, a: list[Any], b: list[Any], *, bits: int, subtract: bool = False, before: int = 0
-) -> list[Any]:
-    """a + b, or a - b, of each pair, modulo 2^bits, four to a slice, b coming `before` cycles before a.
-
-    Registers that a slice does not have are put around it.
-    """
-    results: list[Any] = []
-    early = min(before, _OPERAND_REGISTERS)
-    b = [delayed(m, value, before - early, f"{name}_b{index}") for index, value in enumerate(b)]
-    for first in range(0, len(a), PARTS):
-        unit = FourSums(bits, subtract, early)
-        m.submodules[f"{SLICE}_{name}{first}"] = unit
-        some = range(first, min(first + PARTS, len(a)))
-        for part, index in enumerate(some):
-            m.d.comb += [unit.a[part].eq(a[index]), unit.b[part].eq(b[index])]
-        results += [unit.p[part] for part in range(len(some))]
-    return results
 
 
 def multiply_add(
-    m: Module, name: str, a: Any, b: Any, c: Any, p: Any, *, drop: int = 0, before: int = 0, behind: int = 0
+    m: Module,
+    name: str,
+    a: Any,
+    b: Any,
+    p: Any,
+    *,
+    negative: Any,
+    off: Any,
+    c: Any = None,
+    pcin: Any = None,
+    before: int = 0,
+    behind: int = 0,
 ) -> Any:
     """A slice's result, of shape `p`, in module `m`; registers that it does not have are put around it."""
-    # The bits dropped of a registered product would be registers without effect.
-    inner = min(before, _OPERAND_REGISTERS if drop else _BEFORE)
-    last = min(behind, _SUM_REGISTERS)
-    shapes = (a.shape(), b.shape(), None if c is None else c.shape())
-    unit = MultiplyAdd(*shapes, p, drop=drop, before=inner, behind=last)
+    inner, last = min(before, _BEFORE), min(behind, _SUM_REGISTERS)
+    shapes = {port: None if value is None else value.shape() for port, value in (("c", c), ("pcin", pcin))}
+    unit = MultiplyAdd(a.shape(), b.shape(), p, **shapes, before=inner, behind=last)
     m.submodules[f"{SLICE}_{name}"] = unit
-    m.d.comb += [
-        unit.a.eq(delayed(m, a, before - inner, f"{name}_a")),
-        unit.b.eq(delayed(m, b, before - inner, f"{name}_b")),
-    ]
-    if c is not None:
-        m.d.comb += unit.c.eq(c)
+    outer = before - inner
+    late = outer + max(0, min(inner, _OPERAND_REGISTERS) - 1)
+    for port, value, cycles in (("a", a, outer), ("b", b, outer), ("negative", negative, late), ("off", off, late)):
+        m.d.comb += getattr(unit, port).eq(delayed(m, value, cycles, f"{name}_{port}"))
+    for port, value in (("c", c), ("pcin", pcin)):
+        if value is not None:
+            m.d.comb += getattr(unit, port).eq(value)
     return delayed(m, unit.p, behind - last, f"{name}_p")

@@ -36,6 +36,13 @@ def operand_bits(values: NDArray[np.float32], fmt: Format = Format.FP32) -> U32A
     return np.where(field == 0, 0, significand | exponent << 11 | 1 << 19 | bits >> 31 << 20).astype(np.uint32)
 
 
+def weight_bits(values: NDArray[np.float32], fmt: Format = Format.FP32) -> U32Array:
+    """The hardware's 22 bits of weights that lie in memory as `fmt`: value, step, nonzero, sign."""
+    bits = operand_bits(values, fmt)
+    value = (bits & 0x7FF) << (bits >> 11 & 3)
+    return (value | (bits >> 13 & 63) << 14 | bits >> 19 << 20).astype(np.uint32)
+
+
 def plant(text: str, first: int) -> tuple[str, list[str]]:
     """Verilog in which `bench.plant == first + i` inverts the i-th register bit, and the bits' names."""
     widths: dict[str, int] = {}

@@ -13,13 +13,14 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from numpy.typing import NDArray
 
+from typebar.hw.arith.convert import OPERAND, WEIGHT
 from typebar.hw.arith.dot import DotProduct, cuts
 from typebar.hw.matrix.geometry import Geometry
 from typebar.hw.replicate import Shared
 from typebar.isa.errors import TypebarError
 from typebar.isa.machine import Machine
 from typebar.isa.numerics import Format, bits_of, chunk_sum, decode, encode, from_bits, is_nan, to_operand
-from typebar.tests.hw.arith_bench import Bench, operand_bits, survivors
+from typebar.tests.hw.arith_bench import Bench, operand_bits, survivors, weight_bits
 
 U32Array = NDArray[np.uint32]
 F32Array = NDArray[np.float32]
@@ -57,13 +58,12 @@ def operands(rng: np.random.Generator, count: int, lanes: int, mirrored: bool) -
     return values
 
 
-def packed(values: F32Array, rng: np.random.Generator, fmt: Format = Format.FP32) -> U32Array:
-    """Operands [n, lanes] as a port's words [n, words], 21 bits a lane; of zeros only the last two count."""
-    noise = rng.integers(0, 1 << 19, values.shape, dtype=np.uint32)
-    fields = operand_bits(values, fmt)
-    fields = np.where(fields >> 19 & 1, fields, noise)
-    bits = (fields[:, :, None] >> np.arange(21, dtype=np.uint32)) & 1
-    flat = bits.reshape(len(values), -1).astype(np.uint8)
+def packed(fields: U32Array, width: int, rng: np.random.Generator) -> U32Array:
+    """Operands or weights [n, lanes] as a port's words [n, words], `width` bits a lane; of zeros two bits count."""
+    noise = rng.integers(0, 1 << width - 2, fields.shape, dtype=np.uint32)
+    fields = np.where(fields >> width - 2 & 1, fields, noise)
+    bits = (fields[:, :, None] >> np.arange(width, dtype=np.uint32)) & 1
+    flat = bits.reshape(len(fields), -1).astype(np.uint8)
     flat = np.pad(flat, ((0, 0), (0, -flat.shape[1] % 32)))
     return np.packbits(flat, axis=1, bitorder="little").view(np.uint32)
 
@@ -77,7 +77,8 @@ def block(rng: np.random.Generator, lanes: int) -> tuple[dict[str, U32Array], U3
         w = decode(encode(np.ldexp(w, rng.integers(-20, 0, (ROWS, 1))) if fmt is Format.FP16 else w, fmt)[0], fmt)
     expected = bits_of(chunk_sum(np.ascontiguousarray(w.T), x, fmt)).reshape(-1)
     nan = np.logical_or.outer(is_nan(x).any(axis=1), is_nan(w).any(axis=1)).reshape(-1)
-    inputs = {"w": np.tile(packed(w, rng, fmt), (ROWS, 1)), "x": np.repeat(packed(x, rng), ROWS, axis=0)}
+    w_words, x_words = packed(weight_bits(w, fmt), WEIGHT.size, rng), packed(operand_bits(x), OPERAND.size, rng)
+    inputs = {"w": np.tile(w_words, (ROWS, 1)), "x": np.repeat(x_words, ROWS, axis=0)}
     return inputs | {"nan": nan.astype(np.uint32)}, expected
 
 
@@ -131,14 +132,14 @@ class Row(wiring.Component):
     def __init__(self, shared: Shared, copies: int) -> None:
         self.shared, self.copies = shared, copies
         ports = shared.component.signature.members
-        width = len(Signal(ports["w"].shape).as_value())
-        super().__init__({"w": In(width * copies), "x": In(width), "nan": In(1), "sums": Out(32 * copies)})
+        width, vector = (len(Signal(ports[name].shape).as_value()) for name in ("w", "x"))
+        super().__init__({"w": In(width * copies), "x": In(vector), "nan": In(1), "sums": Out(32 * copies)})
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
         for i in range(self.copies):
             m.submodules[f"dot{i}"] = unit = self.shared.replica()
-            width = len(self.x)
+            width = len(self.w) // self.copies
             m.d.comb += [unit.w.eq(self.w[i * width : (i + 1) * width]), unit.x.eq(self.x), unit.nan.eq(self.nan)]
             m.d.comb += self.sums[32 * i : 32 * (i + 1)].eq(unit.sum)
         return m
