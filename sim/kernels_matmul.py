@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from typebar.isa.numerics.dot import SUM_FRACTION_BITS, VECTOR_BITS, WEIGHT_BITS
+from typebar.isa.numerics.dot import SUM_FRACTION_BITS, VECTOR_BITS, WEIGHT_BITS, WEIGHT_STEP
 from typebar.sim.kernels_bits import (
     EXPONENT,
     FLAG_OPERAND_OVERFLOW,
@@ -90,8 +90,21 @@ def _clamp(values):  # type: ignore[no-untyped-def]
 
 @compiled
 def _weight_scale(power):  # type: ignore[no-untyped-def]
-    """What makes weights integers of at most 17 bits; `power` is the exponent field of the largest."""
+    """What makes weights integers of at most 17 bits; `power` is the exponent field to which they are aligned."""
     return bits_f32(np.int32((127 + WEIGHT_BITS - 1 - (power - 127)) << 23))
+
+
+@compiled
+def _aligned_to(power):  # type: ignore[no-untyped-def]
+    """The exponent field to which weights are aligned, by that of the largest: that of a multiple of `WEIGHT_STEP`."""
+    return power | (WEIGHT_STEP - 1)
+
+
+@compiled
+def _lowest(power, least):  # type: ignore[no-untyped-def]
+    """The bit pattern of the least weight that is not too small beside others; exponent fields are at least `least`."""
+    far = power - 4 * WEIGHT_STEP
+    return np.int32(0 if least > far else (far + 1) << 23)
 
 
 @compiled
@@ -136,9 +149,9 @@ def matmul_columns(  # type: ignore[no-untyped-def]
                     raised, has_nan = _clamp(values)
                     flags |= raised
                     largest = np.int32(OPERAND_MAX_BITS)
-                power = max(largest >> 23, least)
+                power = _aligned_to(max(largest >> 23, least))
                 if not has_nan:
-                    align_groups(values, everything, 0, groups, _weight_scale(power), shared)
+                    align_groups(values, everything, 0, groups, _weight_scale(power), _lowest(power, least), shared)
                 for r in range(rows):
                     x_at = (r * chunks + c) * padded
                     if has_nan or nans[r, c]:
@@ -148,14 +161,15 @@ def matmul_columns(  # type: ignore[no-untyped-def]
                     top = power
                     if gaps[r, c]:
                         part = largest_of_groups(values, present, x_at, groups)
-                        top = max(part >> 23, least) if part != 0 else power
+                        top = _aligned_to(max(part >> 23, least)) if part != 0 else power
                     if top == power:
                         total = dot_of_groups(shared, aligned, x_at, groups)
                     else:
-                        align_groups(values, present, x_at, groups, _weight_scale(top), own)
+                        scale, lowest = _weight_scale(top), _lowest(top, least)
+                        align_groups(values, present, x_at, groups, scale, lowest, own)
                         total = dot_of_groups(own, aligned, x_at, groups)
-                    # Powers of two scale it exactly, so it is rounded once, or becomes infinity.
-                    scaled = total * np.float64(bits_f32(np.int32(top << 23))) * units[r, c]
+                    # Powers of two scale it exactly, so it is rounded once, or becomes infinity. `top` may be 255.
+                    scaled = total * np.float64(bits_f32(np.int32((top - 1) << 23))) * (2 * units[r, c])
                     out[r, column] = f32_add(out[r, column], np.float32(scaled))
     return flags
 

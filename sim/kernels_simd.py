@@ -237,23 +237,27 @@ def largest_of_groups(_context: Any, values: Any, present: Any, at: Any, groups:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def align_groups(_context: Any, values: Any, present: Any, at: Any, groups: Any, scale: Any, aligned: Any) -> Any:
+def align_groups(
+    _context: Any, values: Any, present: Any, at: Any, groups: Any, scale: Any, lowest: Any, aligned: Any
+) -> Any:
     """aligned[0 : 16 groups] = values * scale, each truncated towards zero, where present[at :] is -1, and 0 where 0.
 
-    Magnitudes must come out below 2^31.
+    Values whose magnitudes' bit patterns are below `lowest` become 0, too. Magnitudes must come out below 2^31.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         vectors = _Vectors(context, builder, signature, args)
-        factor = vectors.repeated(args[4])
+        factor, lowest = vectors.repeated(args[4]), vectors.repeated(args[5])
         with vectors.indices(args[3]) as (index, _):
             word = builder.and_(vectors.words(0, index), vectors.load(1, builder.add(args[2], index)))
+            kept = builder.icmp_signed(">=", _Bits(builder, word)("and_", _MAGNITUDE).value, builder.load(lowest))
+            word = builder.select(kept, word, _constant(word.type, 0))
             value = builder.bitcast(word, ir.VectorType(_FLOAT, GROUP))
             whole = builder.fptosi(builder.fmul(value, builder.load(factor)), word.type)
-            vectors.store(builder.sitofp(whole, ir.VectorType(_DOUBLE, GROUP)), 5, index)
+            vectors.store(builder.sitofp(whole, ir.VectorType(_DOUBLE, GROUP)), 6, index)
         return context.get_dummy_value()
 
-    return types.void(values, present, types.intp, types.intp, types.float32, aligned), generate
+    return types.void(values, present, types.intp, types.intp, types.float32, types.int32, aligned), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -164,8 +164,9 @@ def expected_chunk(w: list[int], x: list[int], exponents: list[int] | None = Non
     if not any(a for a, _, _ in lanes):
         return 0
     x_top = max(exponent_of(b) for _, _, b in lanes)
-    w_top = max(e for a, e, _ in lanes if a)
-    return float32_bits(sum((truncated(a, w_top, 17) * truncated(b, x_top, 24) for a, _, b in lanes), Fraction(0)))
+    w_top = math.ceil(Fraction(max(e for a, e, _ in lanes if a), 4)) * 4
+    near = [(truncated(a, w_top, 17), b) for a, e, b in lanes if e > w_top - 16]
+    return float32_bits(sum((a * truncated(b, x_top, 24) for a, b in near), Fraction(0)))
 
 
 @given(any_bits, any_bits)
@@ -248,16 +249,20 @@ def test_a_weights_exponent_is_that_of_its_storage(
 
 
 def test_an_unnormalised_weight_raises_the_common_exponent() -> None:
-    # Beside the smallest of fp16's normals 2^-24 keeps its place, and beside 2^-8 it is the last: Ew - 16. Beside
-    # 2^-7 it is cut off. A bf16 of 2^-24 alone has Ew = -24, an fp16 -14: nothing of a weight is lost either way.
-    for top, kept in ((-14, 1), (-8, 1), (-7, 0)):
+    # Ew is -12 beside the smallest of fp16's normals and -8 beside 2^-8, where 2^-24 is the last place: it is kept as
+    # fp16, whose exponent is then -14, and as bf16, whose is -24, it is 16 places too low. Beside 2^-7 Ew is -4.
+    for top, kept in ((-14, (1, 1)), (-8, (1, 0)), (-7, (0, 0))):
         column = np.array([[2.0**top], [2.0**-24]], np.float32)
-        for fmt in (Format.FP16, Format.BF16):
-            assert dot(column, np.ones((1, 2), np.float32), 8, fmt=fmt)[0][0, 0] == 2.0**top + kept * 2.0**-24
-    # 3 x 2^-32 has a last place of 2^-32, which 2^-16 still has room for, and 2^-15 has not.
-    for top, kept in ((-16, 3), (-15, 2)):
-        column = np.array([[2.0**top], [3 * 2.0**-32], [-(2.0**top)]], np.float32)
-        assert dot(column, np.ones((1, 3), np.float32), 8, fmt=Format.BF16)[0][0, 0] == kept * 2.0**-32
+        for fmt, times in zip((Format.FP16, Format.BF16), kept, strict=True):
+            assert dot(column, np.ones((1, 2), np.float32), 8, fmt=fmt)[0][0, 0] == 2.0**top + times * 2.0**-24
+
+
+def test_the_weights_common_exponent_goes_by_steps_of_four() -> None:
+    # The last place kept is 2^(Ew - 16): 2^-12 beside 8 and 16, 2^-8 beside 32. Beside 2^13 Ew is 16.
+    odd = np.float32(1 + 2.0**-10)
+    for top, kept in ((3, odd), (4, odd), (5, 1), (8, 1), (9, 1), (12, 1), (13, 0)):
+        column = np.array([[2.0**top], [odd], [-(2.0**top)]], np.float32)
+        assert dot(column, np.ones((1, 3), np.float32), 8, fmt=Format.BF16)[0][0, 0] == kept
 
 
 def test_int8_weights_lose_nothing() -> None:

@@ -36,7 +36,7 @@ from typebar.isa.numerics import (
     sub,
     to_operand,
 )
-from typebar.tests.hw.arith_bench import Bench, operand_bits, survivors
+from typebar.tests.hw.arith_bench import Bench, operand_bits, survivors, weight_bits
 
 U32Array = NDArray[np.uint32]
 
@@ -158,23 +158,25 @@ def test_float32(bench: Bench, count: int) -> None:
 
 
 def expected_operand(
-    x: NDArray[np.float32], present: U32Array, fmt: Format = Format.FP32
+    x: NDArray[np.float32], present: U32Array, fmt: Format | None = None
 ) -> tuple[U32Array, U32Array, U32Array]:
-    """Operand bits, 0 for zero, overflow and NaN, lane by lane; `fmt` is the memory format of `x`."""
+    """Operand bits, 0 for zero, overflow and NaN, lane by lane; those of a weight if `x` lies in memory as `fmt`."""
     operand, _ = to_operand(x)
     nan = is_nan(x)
     with np.errstate(invalid="ignore"):
         overflow = ~nan & (np.abs(x.astype(np.float64)) >= (2 - 2.0**-11) * 2.0**127)
     assert overflow.any() == bool(to_operand(x)[1] & NumericFlag.OPERAND_OVERFLOW)
     there = present == 1
-    return np.where(there, operand_bits(operand, fmt), 0), overflow & there, nan & there
+    bits = operand_bits(operand) if fmt is None else weight_bits(operand, fmt)
+    return np.where(there, bits, 0), overflow & there, nan & there
 
 
 def check_operand(outputs: dict[str, U32Array], expected: tuple[U32Array, U32Array, U32Array]) -> None:
     bits, overflow, nan = expected
     assert np.array_equal(outputs["nan"], nan)
     assert np.array_equal(outputs["overflow"], overflow)
-    operand = np.where(outputs["operand"] >> 19 & 1, outputs["operand"], 0)
+    given, place = (outputs["operand"], 19) if "operand" in outputs else (outputs["weight"], 20)
+    operand = np.where(given >> place & 1, given, 0)
     assert np.array_equal(operand[~nan], bits[~nan])
 
 
