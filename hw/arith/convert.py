@@ -24,7 +24,7 @@ from typebar.isa.numerics.formats import (
 CUTS = 2
 FORMAT_BITS = max(Format).bit_length()
 FP16_BIAS = 15
-_INT8_AT = 3
+INT8_AT = 3
 """The lowest bit of an int8 beside an fp16: its highest then counts as much more as its exponent field does."""
 FP16_NAN, FP16_INFINITY, BF16_NAN, BF16_INFINITY = 0x7E00, 0x7C00, 0x7FC0, 0x7F80
 
@@ -122,7 +122,7 @@ def placed(byte: Any, short: Any, is_int8: Any) -> Any:
 
     There its highest bit is where an fp16 has its hidden one. The bits around it do not matter.
     """
-    return Cat(short[:_INT8_AT], Mux(is_int8, byte, short[_INT8_AT : _INT8_AT + 8]), short[_INT8_AT + 8 :])
+    return Cat(short[:INT8_AT], Mux(is_int8, byte, short[INT8_AT : INT8_AT + 8]), short[INT8_AT + 8 :])
 
 
 class OperandFromMemory(wiring.Component):
@@ -144,7 +144,7 @@ class OperandFromMemory(wiring.Component):
         raw, is_wide, is_fp32 = self.word, self.format[0], named(m, self.format == Format.FP32, "is_fp32")
         assert Format.BF16 & 1 and Format.FP32 & 1 and not Format.FP16 & 1 and not Format.INT8 & 1
         guard, sticky = raw[OPERAND_DROPPED_BITS - 1] & is_fp32, raw[: OPERAND_DROPPED_BITS - 1].any()
-        kept = named(m, Cat(raw[OPERAND_DROPPED_BITS:16] & is_fp32.replicate(_INT8_AT), raw[16:31]), "kept")
+        kept = named(m, Cat(raw[OPERAND_DROPPED_BITS:16] & is_fp32.replicate(INT8_AT), raw[16:31]), "kept")
         rounded = named(m, (kept + (guard & (sticky | kept[0])))[:18], "rounded")
         infinite = raw[23:31].all()
         # The largest operands round up to infinity.
@@ -223,16 +223,16 @@ def _element(m: Module, raw: Any, fmt: Any) -> SimpleNamespace:
     negative = named(m, is_int8 & raw[10], "negative")
     normal = named(m, raw[10:15].any(), "normal")
     # The negation of an int8 inverts what is above its lowest one.
-    bits = [raw[bit] ^ (negative & raw[_INT8_AT:bit].any()) for bit in range(_INT8_AT + 1, 10)]
-    highest = Mux(is_int8, raw[10] & ~raw[_INT8_AT:10].any(), normal)
-    low = raw[:_INT8_AT] & ~is_int8.replicate(_INT8_AT)
+    bits = [raw[bit] ^ (negative & raw[INT8_AT:bit].any()) for bit in range(INT8_AT + 1, 10)]
+    highest = Mux(is_int8, raw[10] & ~raw[INT8_AT:10].any(), normal)
+    low = raw[:INT8_AT] & ~is_int8.replicate(INT8_AT)
     # Rebiased from fp16's 15; a subnormal counts like exponent field 1.
     exponent = Cat(raw[10] | ~normal, raw[11:14], ~raw[14].replicate(3), raw[14])
-    around = raw[:_INT8_AT].any() | raw[11:15].any()
+    around = raw[:INT8_AT].any() | raw[11:15].any()
     return SimpleNamespace(
-        significand=named(m, Cat(low, raw[_INT8_AT], *bits, highest), "element"),
+        significand=named(m, Cat(low, raw[INT8_AT], *bits, highest), "element"),
         exponent=Mux(is_int8, BIAS + LEAST_EXPONENT[Format.INT8], exponent)[:8],
-        nonzero=raw[_INT8_AT:11].any() | (around & ~is_int8),
+        nonzero=raw[INT8_AT:11].any() | (around & ~is_int8),
         top=~is_int8 & raw[10:15].all(),
         sign=Mux(is_int8, raw[10], raw[15]),
     )

@@ -1,4 +1,4 @@
-"""One column of the matrix unit's tile: its elements chosen by format and patch, and converted to operands."""
+"""Columns of the matrix unit's tile: elements chosen by format and patch, and converted to operands."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from amaranth.hdl import Cat, Module, Mux, Signal, Value
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-from typebar.hw.arith.convert import FORMAT_BITS, OPERAND, OperandFromMemory, OperandFromShort, placed
+from typebar.hw.arith.convert import FORMAT_BITS, INT8_AT, WEIGHT, OperandFromMemory, OperandFromShort, placed
 from typebar.hw.replicate import Shared
 from typebar.isa.instructions import Format
 
 
 class WeightColumn(wiring.Component):
-    """Operands of `lanes` elements, `latency` cycles after their bits.
+    """Weights (`WEIGHT`), that is operands, of `lanes` elements, `latency` cycles after their bits.
 
     `bytes_1`, `bytes_2` and `bytes_4` hold the elements if they have that many bytes; `wide` columns have the last.
     Lanes in `patch_lane` come from `by_column`, and with `patch_column` all come from `by_lane`: elements as the
@@ -40,7 +40,7 @@ class WeightColumn(wiring.Component):
                 "by_lane": In(32 * lanes),
                 "lanes_present": In(lanes),
                 "column_present": In(1),
-                "operands": Out(OPERAND.size * lanes),
+                "weights": Out(WEIGHT.size * lanes),
                 "nan": Out(1),
                 "overflow": Out(1),
             }
@@ -64,7 +64,7 @@ class WeightColumn(wiring.Component):
             m.d.comb += [(unit.word if self._wide else unit.element).eq(raw), unit.format.eq(fmt)]
             units.append(unit)
         m.d.comb += [
-            self.operands.eq(Cat(unit.operand for unit in units)),
+            self.weights.eq(Cat(unit.weight for unit in units)),
             self.nan.eq(Cat(unit.nan for unit in units).any()),
             self.overflow.eq(Cat(unit.overflow for unit in units).any()),
         ]
@@ -81,3 +81,37 @@ class WeightColumn(wiring.Component):
         assert Format.INT8 & 2 and Format.FP32 & 2 and not Format.FP16 & 2 and not Format.BF16 & 2
         is_long, is_int8 = self.format[1], self.format == Format.INT8
         return Cat(placed(byte, Mux(is_long, word[:16], short), is_int8), Mux(is_long, word[16:], short))
+
+
+class Int8Column(wiring.Component):
+    """Elements of `lanes` int8 as they are, a cycle after their bits; other ports are those of `WeightColumn`."""
+
+    def __init__(self, lanes: int) -> None:
+        """A column of a tile."""
+        self._lanes = lanes
+        super().__init__(
+            {
+                "bytes_1": In(8 * lanes),
+                "patch_lane": In(lanes),
+                "patch_column": In(1),
+                "by_column": In(32),
+                "by_lane": In(32 * lanes),
+                "lanes_present": In(lanes),
+                "column_present": In(1),
+                "values": Out(8 * lanes),
+            }
+        )
+
+    def elaborate(self, platform: object) -> Module:
+        """Choose."""
+        m = Module()
+        values = Signal(8 * self._lanes, reset_less=True)
+        m.d.comb += self.values.eq(values)
+        for lane in range(self._lanes):
+            patched = self.patch_lane[lane] | self.patch_column
+            patch = (self.by_column | self.by_lane[32 * lane : 32 * (lane + 1)])[INT8_AT : INT8_AT + 8]
+            bits = slice(8 * lane, 8 * (lane + 1))
+            m.d.sync += values[bits].eq(Mux(patched, patch, self.bytes_1[bits]))
+            with m.If(~(self.column_present & self.lanes_present[lane])):
+                m.d.sync += values[bits].eq(0)
+        return m

@@ -19,11 +19,13 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from typebar.hw.arith.add import Adder
-from typebar.hw.arith.convert import OPERAND, OperandFromFloat32
-from typebar.hw.arith.dot import DotProduct
+from typebar.hw.arith.convert import OPERAND, WEIGHT, OperandFromFloat32
+from typebar.hw.arith.dot import AlignedVector, DotUnit, Lags, late_weights
 from typebar.hw.matrix.buffer import GroupBuffer
 from typebar.hw.matrix.geometry import (
+    RAW_LAG,
     ROW_LAG,
+    TILE_LAG,
     Geometry,
     Load,
     delayed,
@@ -44,7 +46,7 @@ class Compute(wiring.Component):
     """Dot units and accumulators.
 
     `compute` comes in contract time, `drain` a cycle later; `load`, `row` and `chunk` in ROW_LAG, as for `Weights`;
-    `tile` and `nan` as that gives them. `result` and its rows come in `Geometry.result_lag`.
+    `tile`, `own` and `nan` as that gives them. `result` and its rows come in `Geometry.result_lag`.
 
     `shared` are the Verilog modules that it instantiates.
     """
@@ -53,10 +55,14 @@ class Compute(wiring.Component):
         """`rows` x `columns` dot units, with an adder and accumulators for each."""
         self._machine, g = machine, Geometry.of(machine)
         self._g = g
-        self._dot = Shared(f"dot_{g.lanes}_{g.dot}", DotProduct(g.lanes, g.dot))
+        self._dots = [
+            Shared(f"{name}_{g.lanes}_{g.dot}", DotUnit(g.lanes, g.dot, own))
+            for name, own in (("dot", False), ("own_dot", True))
+        ]
+        self._aligned = Shared(f"aligned_vector_{g.lanes}_{g.dot}", AlignedVector(g.lanes, g.dot))
         self._adder = Shared(f"adder_{g.add}", Adder(g.add))
         self._operand = Shared(f"operand_from_float32_{_CONVERSION}", OperandFromFloat32(_CONVERSION))
-        self.shared = (self._dot, self._adder, self._operand)
+        self.shared = (*self._dots, self._aligned, self._adder, self._operand)
         row = data.ArrayLayout(32, g.words)
         super().__init__(
             {
@@ -65,8 +71,9 @@ class Compute(wiring.Component):
                 "load": In(load_layout(g)),
                 "row": In(row),
                 "chunk": In(data.ArrayLayout(32, min(g.lanes, g.words))),
-                "tile": In(OPERAND.size * g.groups * g.tile),
-                "nan": In(g.groups * g.columns),
+                "tile": In(WEIGHT.size * g.whole_groups * g.tile),
+                "own": In(8 * (g.groups - g.whole_groups) * g.tile),
+                "nan": In(g.whole_groups * g.columns),
                 "result": Out(drain_layout(g)),
                 "sums": Out(row),
                 "scale": Out(row),
@@ -81,7 +88,7 @@ class Compute(wiring.Component):
         g = self._g
         compute = delayed(m, self.compute, g.vector_lag, "vector_pass")
         vectors = self._vectors(compute)
-        sums = self._dots(vectors)
+        sums = self._sums(vectors, compute)
         compute = delayed(m, compute, g.sum_lag - g.vector_lag, "sum_pass")
         drain = delayed(m, self.drain, g.drain_lag - 1, "drain")
         stored = self._accumulate(compute, sums, drain)
@@ -133,21 +140,43 @@ class Compute(wiring.Component):
         return load.single | (load.vector[: log2(self._g.rows)] == row)
 
     # Sums ----------------------------------------------------------------------------------------------
-    def _dots(self, vectors: list[tuple[Value, Value]]) -> list[Value]:
+    def _sums(self, vectors: list[tuple[Value, Value]], compute: Any) -> list[Value]:
         """Chunk sums, row of units by row."""
         m, g, sums = self._m, self._g, []
-        width, tile = g.lanes * OPERAND.size, self.tile
-        for row, (vector, nan) in enumerate(vectors):
+        lags, folded = Lags.of(g.lanes, g.dot), delayed(m, compute.folded, 1, "tile_folded")
+        late_folded = delayed(m, folded, lags.signs, "late_folded")
+        tile = self._late_tile(lags)
+        own = delayed(m, self.own, TILE_LAG + g.two - RAW_LAG + lags.values, "own")
+        for row, (operands, nan) in enumerate(vectors):
+            m.submodules[f"vector{row}"] = vector = self._aligned.replica()
+            m.d.comb += vector.x.eq(operands)
+            present = Cat(x.nonzero for x in data.View(data.ArrayLayout(OPERAND, g.lanes), operands))
+            has_own, group = g.whole_groups <= row < g.groups, row if row < g.whole_groups else 0
             for column in range(g.columns):
-                source = (row if row < g.groups else 0) * g.columns + column
-                m.submodules[f"dot{row}_{column}"] = unit = self._dot.replica()
+                source = group * g.columns + column
+                m.submodules[f"dot{row}_{column}"] = unit = self._dots[has_own].replica()
+                m.d.comb += [getattr(unit, port).eq(value) for port, value in tile[source].items()]
                 m.d.comb += [
-                    unit.w.eq(tile[source * width : (source + 1) * width]),
-                    unit.x.eq(vector),
-                    unit.nan.eq(nan | self.nan[source]),
+                    unit.present.eq(present),
+                    unit.vector_signs.eq(vector.signs),
+                    unit.magnitudes.eq(vector.magnitudes),
+                    unit.exponent.eq(vector.exponent),
+                    unit.nan.eq(nan | (self.nan[source] & ~folded if has_own else self.nan[source])),
                 ]
+                if has_own:
+                    place = ((row - g.whole_groups) * g.columns + column) * 8 * g.lanes
+                    m.d.comb += [unit.own_values.eq(own[place : place + 8 * g.lanes]), unit.folded.eq(late_folded)]
                 sums.append(unit.sum)
         return sums
+
+    def _late_tile(self, lags: Lags) -> list[dict[str, Value]]:
+        """Ports of dot units by column of the tile: rows of units share what delays their weights."""
+        g = self._g
+        tile = data.View(data.ArrayLayout(WEIGHT, g.lanes * g.columns * g.whole_groups), self.tile)
+        columns = [
+            [tile[column * g.lanes + lane] for lane in range(g.lanes)] for column in range(g.columns * g.whole_groups)
+        ]
+        return [late_weights(self._m, column, lags) for column in columns]
 
     def _starting_sums(self, compute: Any) -> Value:
         """What the accumulators start from, in the cycle after `compute`."""

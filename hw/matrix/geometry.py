@@ -147,6 +147,11 @@ class Geometry:
         return max(self.fold(element) for element in Format)
 
     @property
+    def whole_groups(self) -> int:
+        """Most column groups in one step of another format than int8; the rest need no converters."""
+        return max(self.fold(element) for element in Format if element is not Format.INT8)
+
+    @property
     def two(self) -> int:
         """1 if the FIFO takes two cycles for a float32 tile; then everything behind it comes a cycle later."""
         return int(self.port_bytes < 4 * self.tile)

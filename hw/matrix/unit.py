@@ -137,6 +137,7 @@ class MatrixUnit(wiring.Component):
             weights.fifo_data.eq(self.fifo_data),
             self.fifo_place.eq(weights.fifo_place),
             compute.tile.eq(weights.tile),
+            compute.own.eq(weights.own),
             compute.nan.eq(weights.nan),
             compute.compute.eq(steps.compute),
             compute.drain.eq(steps.drain),

@@ -1,9 +1,9 @@
 """The matrix unit's weights: from FIFO rows to a tile of operands, with the patch from the register file.
 
 Stages from contract time: the FIFO's address in FIFO_LAG, its rows in FIFO_LAG + 2, where format, place and patch
-choose every element's bits; RAW_LAG, where conversion begins; CONVERTED_LAG; and TILE_LAG, where the tile is at the dot
-units until the next one. If a float32 tile is twice the FIFO's port, all but its first read is a cycle later, and the
-first half waits behind its converters.
+choose every element's bits; RAW_LAG, where conversion begins, of all but the groups that only int8 has; CONVERTED_LAG;
+and TILE_LAG, where the tile is at the dot units until the next one. If a float32 tile is twice the FIFO's port, all but
+its first read is a cycle later, and the first half waits behind its converters.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from typebar.hw.arith.convert import OPERAND, MemoryFromFloat32, placed
+from typebar.hw.arith.convert import WEIGHT, MemoryFromFloat32, placed
 from typebar.hw.matrix.buffer import GroupBuffer
-from typebar.hw.matrix.column import WeightColumn
+from typebar.hw.matrix.column import Int8Column, WeightColumn
 from typebar.hw.matrix.geometry import (
     CONVERTED_LAG,
     FIFO_LAG,
@@ -45,8 +45,9 @@ class Weights(wiring.Component):
     """Tiles for the dot units.
 
     `read` comes in contract time, `load` and `row` (its words, the first selected, and its chunk) in ROW_LAG.
-    `tile` holds the operands of each column of each group, `nan` tells which columns hold a NaN. A row of dot units
-    beyond the groups takes those of group 0. Flags come with their instruction.
+    `tile` holds the weights of each column of each whole group, `nan` tells which columns hold a NaN. A row of dot
+    units beyond the groups takes those of group 0. `own` are the groups that only int8 has, in RAW_LAG of a step's
+    read and then only. Flags come with their instruction.
 
     `shared` are the Verilog modules that it instantiates.
     """
@@ -58,8 +59,9 @@ class Weights(wiring.Component):
         latency = CONVERTED_LAG - RAW_LAG + 1
         self._columns = [self._column(latency, wide) for wide in (False, True)]
         self._store = Shared(f"memory_from_float32_{_STORING}", MemoryFromFloat32(_STORING))
+        self._int8 = Shared(f"int8_column_{g.lanes}", Int8Column(g.lanes))
         inner = [item for column in self._columns for item in column.component.shared]
-        self.shared = (*self._columns, *inner, self._store)
+        self.shared = (*self._columns, *inner, self._store, self._int8)
         super().__init__(
             {
                 "read": In(read_layout(g)),
@@ -68,8 +70,9 @@ class Weights(wiring.Component):
                 "chunk": In(data.ArrayLayout(32, min(g.lanes, g.words))),
                 "fifo_place": Out(range(machine.fifo_rows)),
                 "fifo_data": In(8 * g.port_rows * g.row_bytes),
-                "tile": Out(OPERAND.size * g.groups * g.tile),
-                "nan": Out(g.groups * g.columns),
+                "tile": Out(WEIGHT.size * g.whole_groups * g.tile),
+                "own": Out(8 * (g.groups - g.whole_groups) * g.tile),
+                "nan": Out(g.whole_groups * g.columns),
                 "overflow": Out(flag_layout()),
                 "saturated": Out(flag_layout()),
             }
@@ -87,7 +90,7 @@ class Weights(wiring.Component):
         read = delayed(m, read, FIFO_READ_CYCLES, "read_row")
         columns = self._convert(m, read)
         read = delayed(m, read, CONVERTED_LAG - RAW_LAG + 1, "read_converted")
-        self._keep(m, read, [column.operands for column in columns], [column.nan for column in columns])
+        self._keep(m, read, [column.weights for column in columns], [column.nan for column in columns])
         raised = Signal()
         m.d.sync += raised.eq(read.valid & Cat(column.overflow for column in columns).any())
         m.d.comb += [self.overflow.raised.eq(raised), self.overflow.pc.eq(delayed(m, read.pc, 1, "overflow_pc"))]
@@ -176,16 +179,16 @@ class Weights(wiring.Component):
             lanes_present.eq(below(read.lanes, g.lanes)),
             present.eq(Mux(read.valid, below(read.columns, count), 0)),
         ]
-        columns = []
+        columns, own = [], []
         for index in range(count):
+            whole = index < g.whole_groups * g.columns
             sizes = [size for size in (1, 2, 4) if size * g.lanes * (index + 1) <= g.port_bytes]
-            column = self._columns[4 in sizes].replica()
+            column = (self._columns[4 in sizes] if whole else self._int8).replica()
             m.submodules[f"column{index}"] = column
-            for size in sizes:
+            for size in sizes if whole else (1,):
                 width = 8 * size * g.lanes
                 m.d.comb += getattr(column, f"bytes_{size}").eq(window[width * index : width * (index + 1)])
             m.d.comb += [
-                column.format.eq(read.format),
                 column.patch_lane.eq(patch_lane),
                 column.patch_column.eq(patch_column[index]),
                 column.by_column.eq(Mux(read.patch_lane, by_column[index], 0)),
@@ -193,7 +196,12 @@ class Weights(wiring.Component):
                 column.lanes_present.eq(lanes_present),
                 column.column_present.eq(present[index]),
             ]
-            columns.append(column)
+            if whole:
+                m.d.comb += column.format.eq(read.format)
+                columns.append(column)
+            else:
+                own.append(column.values)
+        m.d.comb += self.own.eq(Cat(own))
         return columns
 
     def _window(self, m: Module, read: Any) -> Value:
@@ -219,7 +227,7 @@ class Weights(wiring.Component):
             operands, nans = self._joined(m, read, operands), self._joined(m, read, nans)
             late = delayed(m, read, 1, "read_late")
             complete, folded = (read.valid & read.second) | (late.valid & late.last & ~late.second), late.folded
-        width = OPERAND.size * g.lanes
+        width = WEIGHT.size * g.lanes
         # Signals without a reset, and without a name for each field of each element.
         tile, any_nan = Signal(len(self.tile), reset_less=True), Signal(len(self.nan), reset_less=True)
         m.d.comb += [self.tile.eq(tile), self.nan.eq(any_nan)]
