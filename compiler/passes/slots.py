@@ -187,7 +187,7 @@ def spans_of(group: Sequence[Slot]) -> list[Span]:
 
 
 def meet(group: Sequence[Slot], spans: Sequence[Span]) -> bool:
-    """Whether values that share a slot are alive in any of these spans."""
+    """Whether slots in a row are live in any of these spans."""
     return any(a <= end and start <= b for a, b in spans_of(group) for start, end in spans)
 
 

@@ -205,7 +205,8 @@ class DotUnit(wiring.Component):
 
         Digit by digit, the highest first: the largest of those that have the largest ones before.
         """
-        left, found = named(m, self.nonzero & self.present, "left0"), []
+        left = named(m, self.nonzero & self.present, "left0")
+        found: list[Signal] = []
         for index in range(_DIGITS):
             digits = getattr(self, f"digits{index}")
             low, high = (Cat(digits[lane][bit] for lane in range(self.lanes)) for bit in range(2))
