@@ -29,9 +29,15 @@ def layer_strides(e: Emission, loop: ir.RepeatOp) -> dict[Region, int]:
 
 
 def emit_loop(
-    e: Emission, loop: ir.RepeatOp, emit: Callable[[list[Operation]], None], copy: Callable[[SSAValue, SSAValue], None]
+    e: Emission,
+    loop: ir.RepeatOp,
+    emit: Callable[[list[Operation]], None],
+    copy: Callable[[SSAValue, SSAValue], None],
+    ahead: Callable[[], None] = lambda: None,
 ) -> None:
     """The loop; `emit` emits the operations of its body, and `copy` a copy of a value to another's place.
+
+    `ahead` emits what depends only on the values handed on, when these are there: before the loop and at its end.
 
     Raises:
         TypebarError: a loop inside the loop, or tensors whose layers no one loop can follow.
@@ -39,6 +45,7 @@ def emit_loop(
     build, body, steps = e.build, loop.body.block, layer_strides(e, loop)
     for value, home in zip(loop.inits, loop.outs, strict=True):
         copy(value, home)
+    ahead()
     for region in steps:
         build.constant(REGION_REGISTER[region], 0)
     build.constant(R.LAYER, 0)
@@ -52,6 +59,7 @@ def emit_loop(
     emit(inside)
     for value, home in zip(last.values, loop.outs, strict=True):
         copy(value, home)
+    ahead()
     e.in_loop = False
     for region, stride in steps.items():
         build.increase(REGION_REGISTER[region], stride)

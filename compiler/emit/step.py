@@ -23,6 +23,7 @@ from typebar.compiler.emit.vectors import (
     Emission,
     emit_activation,
     emit_copy,
+    emit_first_sum,
     emit_gather,
     emit_layer_norm,
     emit_load,
@@ -37,6 +38,7 @@ from typebar.compiler.emit.vectors import (
     emit_sum,
 )
 from typebar.compiler.memory import MemoryPlan, program_of, source_of
+from typebar.compiler.passes.fuse import LOADS
 from typebar.compiler.rows import Layout, Tokens, crossing, shared, split_tail, tokens_of
 from typebar.compiler.scratch import Limits
 from typebar.isa.errors import TypebarError
@@ -248,4 +250,25 @@ def _emit_loop(e: Emission, loop: ir.RepeatOp) -> None:
         for op in ops:
             _emit_op(e, op)
 
-    emit_loop(e, loop, emit, copy)
+    def ahead() -> None:
+        if norm is not None:
+            emit_first_sum(e, norm)
+
+    norm = _norm_of_handed_on(loop) if e.build.chains else None
+    e.summed = norm
+    emit_loop(e, loop, emit, copy, ahead)
+    e.summed = None
+
+
+def _norm_of_handed_on(loop: ir.RepeatOp) -> dev.LayerNormOp | dev.RmsNormOp | None:
+    """The norm that a layer begins with, if it takes all that layers hand on.
+
+    Its first sum can then be one chain with the addition that ends the layer before. The word where it goes is free
+    from there on: only what layers hand on and what outlives the loop is held then, and the loads in between write
+    what the norm or something after it uses.
+    """
+    block = loop.body.block
+    first = next((op for op in block.ops if not isinstance(op, LOADS)), None)
+    if isinstance(first, dev.LayerNormOp | dev.RmsNormOp) and len(block.args) == 1 and first.x is block.args[0]:
+        return first
+    return None

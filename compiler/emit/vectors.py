@@ -31,6 +31,8 @@ class Emission:
     format: Format
     program: dev.ProgramOp | SourceOp
     in_loop: bool = False
+    summed: Operation | None = None
+    """A norm whose first sum is there already."""
 
     def address(self, value: SSAValue) -> int:
         """Word address of a value."""
@@ -176,12 +178,21 @@ def immediate(value: float) -> dict[str, int]:
     return {"b_from": int(Source.IMMEDIATE), "imm": float_bits(value)}
 
 
+def emit_first_sum(e: Emission, op: dev.LayerNormOp | dev.RmsNormOp) -> None:
+    """What a norm needs of x first: its sum, or the sum of its squares."""
+    if isinstance(op, dev.LayerNormOp):
+        e.build.add("vsum", dst=e.scratch(op)["mean"], a=e.address(op.x), n=op.count)
+    else:
+        e.build.add("vsumsq", dst=e.scratch(op)["variance"], a=e.address(op.x), n=op.count)
+
+
 def emit_layer_norm(e: Emission, op: dev.LayerNormOp) -> None:
     """Mean, centred values, variance, scale: ten vector instructions."""
     n, x, y, build = op.count, e.address(op.x), op.address, e.build
     scratch = e.scratch(op)
     mean, variance, word = scratch["mean"], scratch["variance"], int(Source.WORD)
-    build.add("vsum", dst=mean, a=x, n=n)
+    if op is not e.summed:
+        emit_first_sum(e, op)
     build.add("vmul", dst=mean, a=mean, n=1, **immediate(1.0 / n))
     build.add("vsub", b_from=word, dst=y, a=x, b=mean, n=n)
     build.add("vsumsq", dst=variance, a=y, n=n)
@@ -199,7 +210,8 @@ def emit_rms_norm(e: Emission, op: dev.RmsNormOp) -> None:
     """Mean square, scale."""
     n, x, y, build = op.count, e.address(op.x), op.address, e.build
     variance = e.scratch(op)["variance"]
-    build.add("vsumsq", dst=variance, a=x, n=n)
+    if op is not e.summed:
+        emit_first_sum(e, op)
     build.add("vmul", dst=variance, a=variance, n=1, **immediate(1.0 / n))
     build.add("vadd", dst=variance, a=variance, n=1, **immediate(op.eps.value.data))
     build.add("vunary", function=int(Function.RSQRT), dst=variance, a=variance, n=1)

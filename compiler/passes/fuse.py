@@ -19,7 +19,8 @@ from xdsl.rewriter import Rewriter
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
 
-_LOADS = dev.ParamOp | dev.BiasOp | dev.RotaryRowOp | dev.ScoreBiasOp
+LOADS = dev.ParamOp | dev.BiasOp | dev.RotaryRowOp | dev.ScoreBiasOp
+"""Operations that only load."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _rebuilt(
 
 
 def _place_loads(block: Block, hoist: bool) -> None:
-    loads = [op for op in block.ops if isinstance(op, _LOADS)]
+    loads = [op for op in block.ops if isinstance(op, LOADS)]
     for load in reversed(loads) if hoist else loads:
         first = block.first_op
         if not hoist:
