@@ -2,8 +2,9 @@
 
 Fusing never changes bits: each epilogue step equals the vector unit's operation. Where a product goes by rows, the
 order of additions is free but for the parts': what is added to their sum and its bias, a residual, takes up the bias
-before the product, so that one addition less waits for the ring. Hoisted loads overlap with the
-products before their use, at the price of registers; `hoist=false` leaves each load where it is needed.
+before the product, so that one addition less waits for the ring. Hoisted loads overlap with the products before their
+use, at the price of registers, which attention needs for itself: what is used after it is loaded after it.
+`hoist=false` leaves each load where it is needed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from xdsl.rewriter import Rewriter
 
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
+from typebar.compiler.device_source import AttendOp
 
 LOADS = dev.ParamOp | dev.BiasOp | dev.RotaryRowOp | dev.ScoreBiasOp
 """Operations that only load."""
@@ -117,11 +119,15 @@ def _rebuilt(
 
 def _place_loads(block: Block, hoist: bool) -> None:
     loads = [op for op in block.ops if isinstance(op, LOADS)]
+    order = {op: place for place, op in enumerate(block.ops)}
+    barriers = [op for op in block.ops if isinstance(op, dev.AttentionOp | AttendOp)]
     for load in reversed(loads) if hoist else loads:
-        first = block.first_op
-        if not hoist:
-            users = {block.find_ancestor_op_in_block(use.operation) for use in load.out.uses}
-            first = next(op for op in block.ops if op in users)
+        users = [block.find_ancestor_op_in_block(use.operation) for use in load.out.uses]
+        user = min((op for op in users if op is not None), key=lambda op: order[op], default=load)
+        first: Operation | None = user
+        if hoist:
+            before = [op for op in barriers if order[op] < order[user]]
+            first = before[-1].next_op if before else block.first_op
         assert first is not None
         if first is not load:
             _move_before(load, first)
