@@ -168,11 +168,13 @@ class RegisterFile(wiring.Component):
         vector = machine.vector
         self.segments = vector.segments
         self.rows = file_rows(machine) // vector.segments
-        block, ultra = (
-            Shared(name, RegisterMemory(self.rows, vector.lanes, attributes))
-            for name, attributes in (("register_memory", {}), ("register_ultra_memory", {"ram_style": "ultra"}))
-        )
-        memories = [block] * (len(READERS) - vector.ultra_copies) + [ultra] * vector.ultra_copies
+        memories: list[Shared] = []
+        for name, attributes, copies in (
+            ("register_memory", {}, len(READERS) - vector.ultra_copies),
+            ("register_ultra_memory", {"ram_style": "ultra"}, vector.ultra_copies),
+        ):
+            if copies:
+                memories += [Shared(name, RegisterMemory(self.rows, vector.lanes, attributes))] * copies
         self._block = Shared("register_block", RegisterBlock(memories))
         self.shared = (*dict.fromkeys(memories), self._block)
         super().__init__(

@@ -59,6 +59,16 @@ MACHINES: dict[str, dict[str, str]] = {
     },
     # FIFO rows of several steps, wider than the port; float32 tiles wider still.
     "wide-row": {"hbm.channels": "8", "matrix.fifo_port_bytes": "64", "matrix.vectors": "5"},
+    # A register row of two chunks and of half a column block.
+    "wide-words": {
+        "matrix.lanes": "16",
+        "matrix.interleave": "16",
+        "matrix.rows": "1",
+        "matrix.fifo_port_bytes": "128",
+        "vector.lanes": "32",
+        "vector.align": "32",
+        "vector.words": "32768",
+    },
     # Several chunks and several column groups in a register row, three kinds of fold.
     "short-chunk": {
         "matrix.lanes": "4",

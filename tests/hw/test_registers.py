@@ -22,7 +22,11 @@ MACHINES = {
     "tiny": {},
     # Rows in a segment are no power of two.
     "odd": {"vector.words": "3072", "vector.segments": "8", "vector.lanes": "4", "vector.align": "8"},
-}
+    "wide": {
+        "vector.words": "4096", "vector.segments": "8", "vector.lanes": "32", "vector.align": "32",
+        "vector.ultra_copies": "2",
+    },
+}  # fmt: skip
 CYCLES = 6000
 
 

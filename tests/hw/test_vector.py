@@ -61,6 +61,7 @@ MACHINES = {
         "vector.segments": "8",
     },
     "uneven": {"vector.latency": "11", "vector.unary_latency": "5", "vector.reduce_latency": "4", "vector.lanes": "4"},
+    "wide": {"vector.lanes": "32", "vector.align": "32"},
 }
 INSTRUCTIONS = 500
 RUNS = 8
@@ -103,7 +104,7 @@ class Bench(wiring.Component):
             (unit.write, file.write_vector),
             (unit.write_reduce, file.write_reduce),
             (wiring.flipped(self.load), file.write_memory),
-            (wiring.flipped(self.dump), file.read_scalar),
+            (wiring.flipped(self.dump), file.read_ring),
         ):
             wiring.connect(m, ours, theirs)
         m.d.comb += [
