@@ -3,15 +3,18 @@
 python benchmarks/dot_error.py [--json]
 
 Root mean square, in units of the root mean square of the exact results: of the matrix unit's own arithmetic (sums of
-exact products of operands are the reference), and of rounding the vectors to operands and the weights to their format
-alone, for comparison. Outliers are one channel in 64, the same in weights and vectors.
+exact products of operands are the reference), also with weights aligned by single exponents instead of steps of four,
+and of rounding the vectors to operands and the weights to their format alone, for comparison. Outliers are one channel
+in 64, the same in weights and vectors.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,8 +89,11 @@ def errors(case: Case) -> dict[str, float]:
     def relative(result: NDArray[Any], reference: NDArray[np.float64]) -> float:
         return float(np.sqrt(np.mean((result - reference) ** 2) / np.mean(reference**2)))
 
+    with mock.patch.object(importlib.import_module(dot.__module__), "WEIGHT_STEP", 1):
+        single = dot(weights, x, LANES, fmt=case.fmt)[0]
     return {
         "operands aligned": relative(dot(weights, x, LANES, fmt=case.fmt)[0], exact),
+        "by single exponents": relative(single, exact),
         "products aligned": relative(products_aligned(weights, operands, case.fmt), exact),
         "rounding x": relative(exact, x.astype(np.float64) @ weights.astype(np.float64)),
         "rounding weights": relative(operands.astype(np.float64) @ unrounded, exact),
@@ -105,7 +111,7 @@ def main() -> None:
     table = Table("weights; vectors", *next(iter(rows.values())), title="Relative error, root mean square")
     for name, row in rows.items():
         table.add_row(name, *(f"{value:.2e}" for value in row.values()))
-    Console(width=120).print(table)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

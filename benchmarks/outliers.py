@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2LMHead
 import typebar
 from typebar.benchmarks.accuracy import PASSAGES, reference
 from typebar.benchmarks.int8 import FLAN, SHIPPED, SMOLLM
-from typebar.isa.numerics.dot import WEIGHT_BITS
+from typebar.isa.numerics.dot import WEIGHT_BITS, WEIGHT_STEP
 from typebar.models import find
 from typebar.models.flan import write_checkpoint
 from typebar.models.real import find_real
@@ -65,8 +65,11 @@ def truncation() -> dict[str, dict[str, float]]:
         half = weights.astype(np.float16).astype(np.float64)
         rounding = np.square(half - weights).sum(), np.square(half).sum()
         chunks = half[: len(half) // LANES * LANES].reshape(-1, LANES, half.shape[1])
-        unit = np.ldexp(1.0, np.frexp(np.abs(chunks).max(axis=1, keepdims=True))[1] - WEIGHT_BITS)
-        lost = np.square(chunks - np.trunc(chunks / unit) * unit).sum(axis=1)
+        exponent = np.frexp(chunks)[1] - 1
+        top = -(-exponent.max(axis=1, keepdims=True, initial=-99, where=chunks != 0) // WEIGHT_STEP) * WEIGHT_STEP
+        unit = np.ldexp(1.0, top - (WEIGHT_BITS - 1))
+        kept = np.where(top - exponent < 4 * WEIGHT_STEP, np.trunc(chunks / unit) * unit, 0)
+        lost = np.square(chunks - kept).sum(axis=1)
         whole = np.square(chunks).sum(axis=1)
         worst = np.divide(lost, whole, out=np.zeros_like(lost), where=whole > 0).max()
         squares.setdefault(name, []).append(np.array([lost.sum(), whole.sum(), *rounding, worst]))
