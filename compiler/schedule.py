@@ -103,8 +103,8 @@ def _turns(loop: ir.RepeatOp, layout: Layout) -> Turns:
     return Turns(loop, tuple(order), tuple(part for part in order if part.late), cycles)
 
 
-_TURNS = 8
-"""Turns after which the order of two groups that share a device is taken to have settled."""
+_TURNS = 16
+"""Turns in which the order of two groups that share a device is taken to settle."""
 
 
 def _steady(chain: Sequence[Operation], layout: Layout) -> tuple[list[Part], int] | None:
@@ -129,7 +129,9 @@ def _steady(chain: Sequence[Operation], layout: Layout) -> tuple[list[Part], int
         return start, ends
 
     while done[0] < _TURNS * len(chain):
-        group = min((0, 1), key=lambda g: begin(g)[0])
+        # The second group is behind, for it sees the first one's K and V, and by a layer at the most.
+        lag = done[0] - done[1]
+        group = 0 if lag == 0 else 1 if lag == len(chain) else min((0, 1), key=lambda g: begin(g)[0])
         start, ends = begin(group)
         for (unit, _), end in zip(phases[chain[done[group] % len(chain)]], ends, strict=True):
             free[unit] = end
@@ -137,19 +139,23 @@ def _steady(chain: Sequence[Operation], layout: Layout) -> tuple[list[Part], int
         times[group, done[group]] = (start if len(ends) == 1 else ready[group], ends[-1])
         ready[group] = ends[-1]
         done[group] += 1
-    first = (_TURNS - 1) * len(chain)
-    turn = order[order.index((0, first)) :]
-    layers = {number // len(chain) for group, number in turn if group}
-    seconds = [number for group, number in turn if group]
-    if len(seconds) != len(chain) or max(layers) - min(layers) > 1:
+    return next((found for turn in range(_TURNS - 2, 1, -1) if (found := _cut(chain, order, times, turn))), None)
+
+
+def _cut(
+    chain: Sequence[Operation], order: list[tuple[int, int]], times: dict[tuple[int, int], tuple[int, int]], turn: int
+) -> tuple[list[Part], int] | None:
+    """The parts from the first group's layer `turn` to its next one, if the second does each operation once in them."""
+    first, size = turn * len(chain), len(chain)
+    here = order[order.index((0, first)) : order.index((0, first + size))]
+    if len(here) != 2 * size or any(not first - size <= number < first + size for _, number in here):
         return None
     began = times[0, first][0]
     parts = []
-    for group, number in turn:
+    for group, number in here:
         start, end = (time - began for time in times[group, number])
-        late = group == 1 and number // len(chain) < max(layers)
-        parts.append(Part(chain[number % len(chain)], group, late, start, end))
-    return parts, began - times[0, first - len(chain)][0]
+        parts.append(Part(chain[number % size], group, number < first, start, end))
+    return parts, times[0, first + size][0] - began
 
 
 def in_place(loop: ir.RepeatOp) -> list[bool]:

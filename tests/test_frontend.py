@@ -515,7 +515,7 @@ def test_a_named_shape_has_no_weights() -> None:
     assert loops(brought) == [48]
     assert brought.config == {"context": 1024, "vocab": 50257, "eos_token_id": 50256}
     assert sum(math.prod(brought.weights.shape(n)) for n in brought.weights.names()) == 1_557_611_200
-    assert SHAPES["gpt2-xl"] == (1600, 25, 48)
+    assert SHAPES["gpt2-xl"][:3] == (1600, 25, 48)
     with pytest.raises(TypebarError, match="has a shape but no values"):
         brought.weights.load("transformer.wte.weight")
 

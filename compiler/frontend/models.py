@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -21,33 +21,32 @@ from typebar.compiler.pipeline import lower
 from typebar.compiler.problems import first_line
 from typebar.isa.errors import TypebarError
 
-_GPT2_SHAPES: Mapping[str, tuple[int, int, int]] = {
-    "gpt2": (768, 12, 12),
-    "gpt2-medium": (1024, 16, 24),
-    "gpt2-large": (1280, 20, 36),
-    "gpt2-xl": (1600, 25, 48),
-    "dfx-345m": (1024, 16, 24),
-    "dfx-774m": (1280, 20, 36),
-    "dfx-1.5b": (1536, 24, 48),
+
+class Shape(NamedTuple):
+    """A model without weights: a transformers configuration class and the sizes that differ from its defaults."""
+
+    width: int
+    heads: int
+    layers: int
+    config: str = "GPT2Config"
+    others: Mapping[str, int] = {}
+
+
+SHAPES: Mapping[str, Shape] = {
+    "gpt2": Shape(768, 12, 12),
+    "gpt2-medium": Shape(1024, 16, 24),
+    "gpt2-large": Shape(1280, 20, 36),
+    "gpt2-xl": Shape(1600, 25, 48),
+    "dfx-345m": Shape(1024, 16, 24),
+    "dfx-774m": Shape(1280, 20, 36),
+    "dfx-1.5b": Shape(1536, 24, 48),
+    "tinyllama-1.1b": Shape(
+        2048, 32, 22, "LlamaConfig", {"num_key_value_heads": 4, "intermediate_size": 5632, "vocab_size": 32000}
+    ),
+    "santacoder-32k": Shape(2048, 16, 24, "GPTBigCodeConfig", {"max_position_embeddings": 32768, "vocab_size": 49280}),
 }
-"""(width, heads, layers). All have GPT-2's vocabulary of 50257 and 1024 positions."""
-_LLAMA_SHAPES: Mapping[str, Mapping[str, int]] = {
-    "tinyllama-1.1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "num_hidden_layers": 22,
-        "vocab_size": 32000,
-        "max_position_embeddings": 2048,
-    },
-}
-"""Rotary positions, grouped queries and gated products; TinyLlama's configuration (Zhang et al. 2024)."""
-SHAPES: Mapping[str, tuple[int, int, int]] = {
-    **_GPT2_SHAPES,
-    **{name: (c["hidden_size"], c["num_attention_heads"], c["num_hidden_layers"]) for name, c in _LLAMA_SHAPES.items()},
-}
-"""Shapes without weights: (width, heads, layers)."""
+"""Shapes without weights: GPT-2's and DFX's, with 1024 positions and 50257 tokens; TinyLlama's (Zhang et al. 2024); and
+SantaCoder's (GPTBigCode, 1.1 billion parameters, one K/V head), with 16 times its 2048 positions."""
 
 Source: TypeAlias = str | Path | torch.nn.Module | tuple[torch.nn.Module, torch.nn.Module]
 """A checkpoint directory, a GGUF or ONNX file or the name of a shape; a module from token ids [1, T] to logits; an
@@ -139,14 +138,11 @@ def _in_float32(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _from_shape(name: str) -> FrontendModel:
-    from transformers import GPT2Config, LlamaConfig, PretrainedConfig
+    import transformers
 
-    config: PretrainedConfig
-    if name in _LLAMA_SHAPES:
-        config = LlamaConfig(**_LLAMA_SHAPES[name])
-    else:
-        width, heads, layers = _GPT2_SHAPES[name]
-        config = GPT2Config(n_embd=width, n_head=heads, n_layer=layers)
+    shape = SHAPES[name]
+    sizes = {"hidden_size": shape.width, "num_attention_heads": shape.heads, "num_hidden_layers": shape.layers}
+    config = getattr(transformers, shape.config)(**sizes, **shape.others)
     model = empty_model(config)
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     made = import_functions(name, model, ShapeSource(shapes), facts_of(config))
