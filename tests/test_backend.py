@@ -50,10 +50,11 @@ def root_mean_square(values: NDArray[np.float64]) -> float:
 
 
 def logits_on(
-    source: FrontendModel, folder: Path, machine: str, devices: int, tokens: list[int]
+    source: FrontendModel, folder: Path, machine: str, devices: int, tokens: list[int], settings: str = ""
 ) -> NDArray[np.float32]:
     path = folder / f"{machine}-{devices}.safetensors"
-    write(build(source, Machine.load(machine), devices, Format.FP16), path)
+    made_for = Machine.load(machine).override(dict(item.split("=", 1) for item in settings.split()))
+    write(build(source, made_for, devices, Format.FP16), path)
     with typebar.load(path, device=["sim"]) as text_model:
         logits: NDArray[np.float32] = text_model.logits(tokens)
     return logits
@@ -72,6 +73,39 @@ def test_logits_do_not_depend_on_the_number_of_devices(shape: dict[str, int], tm
     half = evaluate_step(source.module, source.weights, tokens, torch.float16).numpy()
     assert root_mean_square(first - exact) <= root_mean_square(half - exact)
     assert np.abs(exact).max() > 1, "the model's logits must be worth comparing"
+
+
+HEAD_WIDTHS = (64, 80, 96, 128)
+WIDE_HEADS = {
+    f"heads of {width}": {"n_embd": 2 * width, "n_head": 2, "n_layer": 1, "vocab_size": 70, "n_positions": 70}
+    for width in HEAD_WIDTHS
+}
+
+
+@pytest.mark.parametrize("shape", (ODD_SHAPES | WIDE_HEADS).values(), ids=(ODD_SHAPES | WIDE_HEADS).keys())
+def test_logits_do_not_depend_on_the_words_of_a_register_row(shape: dict[str, int], tmp_path: Path) -> None:
+    """No sum's order follows rows; it follows the alignment only where that pads heads (docs/decisions.md, 11)."""
+    source = load_model(random_model(**shape))
+    length = min(shape["n_positions"], 70)
+    tokens = np.random.default_rng(1).integers(0, shape["vocab_size"], length).tolist()
+    numerics = "matrix.lanes=32 matrix.fifo_port_bytes=256 matrix.interleave=32 attention_block=128"
+
+    def run(devices: int, lanes: int, align: int) -> NDArray[np.float32]:
+        settings = f"{numerics} vector.lanes={lanes} vector.align={align} vector.words=32768"
+        return logits_on(source, tmp_path, "tiny", devices, tokens, settings)
+
+    first = run(1, 8, 32)
+    for devices, lanes in ((1, 32), (3, 32), (2, 4)):
+        assert np.array_equal(first, run(devices, lanes, 32)), (devices, lanes)
+    if shape["n_embd"] // shape["n_head"] % 32 == 0:
+        for align in (8, 16):
+            assert np.array_equal(first, run(1, 8, align)), align
+
+
+def test_a_partial_chunk_of_keys_between_vector_bases_is_refused() -> None:
+    source = load_model(random_model(**ODD_SHAPES["heads padded to the alignment"]))
+    with pytest.raises(TypebarError, match=r"12 words ends 4 words into a chunk of matrix\.lanes = 8, .*\.align = 32"):
+        build(source, Machine.load("tiny").override({"vector.align": "32"}), 1, Format.FP16)
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -186,11 +220,11 @@ def test_hbm_bytes_are_the_models_bytes_plus_padding_plus_caches() -> None:
     made = compiled("gpt2", devices=3)
     result = timing(made, 1, 8)  # blocks of a prompt's tokens read weights less often: test_prompt_blocks
     width, heads, layers, vocab, element, row, lanes, block = 768, 12, 12, 50257, 2, 2048, 64, 512
-    granule = row // (lanes * element)
+    granule, align = row // (lanes * element), made.machine.vector.align
     local_heads = ceil(heads, 3) // 3
 
     def share(columns: int) -> int:
-        return ceil(ceil(columns, 16) // 16, 3) // 3 * 16
+        return ceil(ceil(columns, align) // align, 3) // 3 * align
 
     def packed(k: int, columns: int) -> int:
         return ceil(k, lanes) * ceil(columns, granule) * element

@@ -402,10 +402,19 @@ def _one_block(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, first
 
 # The cache ----------------------------------------------------------------------------------------------
 def store_k(e: Emission, k: int, depth: int, line: Operand, offset: R = R.OFFSET) -> None:
-    """A position's K of the head at word `k` + R[offset], to `line`: one column, `lanes` elements a chunk."""
+    """A position's K of the head at word `k` + R[offset], to `line`: one column, `lanes` elements a chunk.
+
+    Raises:
+        TypebarError: the head's last, partial chunk starts between vectors' bases.
+    """
     build, lanes, element = e.build, e.machine.matrix.lanes, FORMAT_BYTES[e.format]
     chunk_bytes = e.machine.column_block * lanes * element
     whole, rest = divmod(depth, lanes)
+    if rest and whole * lanes % e.limits.align:
+        raise TypebarError(
+            f"a head of {depth} words ends {rest} words into a chunk of matrix.lanes = {lanes}, which is no multiple of"
+            f" vector.align = {e.limits.align}: take a machine on which it is"
+        )
     if whole:
         build.add("store", format=int(e.format), region=_KV, a=reg(offset, k), line=line, byte=reg(R.K_BYTE),
                   outer=whole, inner=lanes, outer_bytes=chunk_bytes, inner_bytes=element)  # fmt: skip
