@@ -1,16 +1,17 @@
 """The ring unit: an all-gather over two links, clockwise to rank + 1 and anticlockwise to rank - 1.
 
 Each direction has a `Sender`, which puts this device's own block and then those received on its link, and a `Receiver`,
-which keeps what comes from the other neighbour until it lies in the register file and has been sent on. Rows carry
-their gather's number and length. A row is sent only if the receiver has a place for it (credits), and the receiver can
-hold everything that a neighbour may send before this device starts, so that at fixed latency no sender ever waits.
+which keeps what comes from the other neighbour until it lies in the register file and has been sent on, which begins
+when a block's first row is there. Rows carry their gather's number and length. A row is sent only if the receiver has
+a place for it (credits), and the receiver can hold everything that a neighbour may send before this device starts, so
+that at fixed latency no sender ever waits.
 
-A segment of the register file takes one row a cycle, so the own block and both directions take turns. From the start
-on all rows are written in `devices` times a block's rows, or as they come: if a link takes two cycles or more for a
-row, two links never outrun the file. (Faster links do, for the difference, in rings of three or more.)
+A segment of the register file takes one row a cycle: the own block's first, which have `setup_latency` cycles and one
+each from the start on, then those of both directions in turn, as they come.
 
-Latency: a row that is due in cycle y is on the link in y + 1; a block whose last row the link delivers in cycle c is
-whole in c + 3. The link between two units therefore takes `hop_latency - PIPELINE_CYCLES` cycles, credits too.
+Latency: a row that is due in cycle y is on the link in y + 1; a block whose first row the link delivers in cycle c is
+sent on from c + 3 on, and by the contract the row has come then. The link between two units therefore takes
+`hop_latency - PIPELINE_CYCLES` cycles, credits too.
 """
 
 from __future__ import annotations
@@ -73,11 +74,13 @@ class Sender(wiring.Component):
     """Sends `hops` blocks in one direction: this device's own, then each received one when it is whole.
 
     `launch` starts a gather of `rows` rows, `words` words and number `sequence`, all held until `done`; the own block
-    may begin once `go` is set, its rows having been written through `own_*`. `whole`: a received block may be sent on;
-    `take` when it begins, `advance` for each of its rows, which `forward` holds in the cycle after. `forwarded`: none
-    is left to send on. `done` from the cycle after the last block on. `credit`: the receiver has emptied one place.
+    may begin once `go` is set, its rows having been written through `own_*`. `begun`: a received block may be sent on;
+    `take` when it begins, `advance` for each of its rows, which `forward` holds in the cycle after, `come` whether the
+    next one is there. `forwarded`: none is left to send on. `done` from the cycle after the last block on. `credit`:
+    the receiver has emptied one place.
 
-    A cycle in which the link is not ready, or no place is free for a row that is due, does not count as a block's.
+    A cycle in which the link is not ready, or a row that is due has no place or has not come, does not count as a
+    block's.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -97,7 +100,8 @@ class Sender(wiring.Component):
                 "own_enable": In(1),
                 "own_row": In(range(self.own_rows)),
                 "own_data": In(layout["row"].shape),
-                "whole": In(1),
+                "begun": In(1),
+                "come": In(1),
                 "take": Out(1),
                 "advance": Out(1),
                 "forward": In(layout["row"].shape),
@@ -119,7 +123,7 @@ class Sender(wiring.Component):
         write, read = own.write_port(), own.read_port()
         left, is_own, from_own = Signal(HOP_BITS), Signal(), Signal()
         block, frozen, sends = Signal(), Signal(), Signal()
-        starved = pacer.due & (self.free == 0)
+        starved = pacer.due & ((self.free == 0) | (~is_own & ~self.come))
         valid, last = Signal(), Signal()
         m.d.comb += [
             write.en.eq(self.own_enable),
@@ -127,7 +131,7 @@ class Sender(wiring.Component):
             write.data.eq(self.own_data),
             frozen.eq(valid & ~self.link.ready),
             pacer.rows.eq(self.rows),
-            pacer.begin.eq((left != 0) & ~block & ~frozen & Mux(is_own, self.go, self.whole)),
+            pacer.begin.eq((left != 0) & ~block & ~frozen & Mux(is_own, self.go, self.begun)),
             pacer.hold.eq(frozen | starved),
             sends.eq(pacer.due & ~pacer.hold),
             self.take.eq(pacer.begin & ~is_own),
@@ -161,11 +165,10 @@ class Receiver(wiring.Component):
     `arm` starts to write a gather's `hops` blocks of `rows` rows: the first block to `first_row`, that of device
     `first_source`, the next `rows` further down (clockwise) or up, but to `wrap_row`, that of `wrap_source`, at the
     ring's end. `wants` to write a row; if `granted`, it is written in the cycle after. `drained` once the last is
-    written and whole, if all others are sent on. `wrong`: the row at the port has another number or length than
-    `sequence` and `words`.
+    being written. `wrong`: the row at the port has another number or length than `sequence` and `words`.
 
-    `whole`: a block is there that the sender has not taken; `take`, `advance`, `forward`, `forwarded` as in `Sender`.
-    `finish` ends the gather. `credit` for each row whose place is free again.
+    `begun`: the first row of a block is there that the sender has not taken; `take`, `come`, `advance`, `forward`,
+    `forwarded` as in `Sender`. `finish` ends the gather. `credit` for each row whose place is free again.
     """
 
     def __init__(self, machine: Machine, clockwise: bool) -> None:
@@ -194,7 +197,8 @@ class Receiver(wiring.Component):
                 "drained": Out(1),
                 "wrong": Out(1),
                 "moves": Out(1),
-                "whole": Out(1),
+                "begun": Out(1),
+                "come": Out(1),
                 "take": In(1),
                 "advance": In(1),
                 "forward": Out(layout["row"].shape),
@@ -221,6 +225,7 @@ class Receiver(wiring.Component):
             forward.addr.eq(sent),
             forward.en.eq(self.advance),
             self.forward.eq(forward.data.row),
+            self.come.eq(written != sent),
             # What is sent on no further leaves with `drained`; `sent` catches up at the gather's end.
             self.credit.eq((returned != drained) & ((returned != sent) | self.forwarded)),
         ]
@@ -248,8 +253,7 @@ class Receiver(wiring.Component):
             self.write.mask.eq(Mux(valid & (self.rows != 0) & ~self.wrong, (1 << self.machine.vector.lanes) - 1, 0)),
             self.write.data.eq(read.data.row),
             self.wrong.eq(valid & ((read.data.sequence != self.sequence) | (read.data.words != self.words))),
-            # With nothing left to send on, the block not taken is the gather's last, and has come in whole.
-            self.drained.eq((left == 0) & (self.whole | (self.hops == 0))),
+            self.drained.eq(left == 0),
             self.moves.eq(drains),
         ]
         m.d.sync += [valid.eq(drains), address.eq(target + row)]
@@ -266,14 +270,16 @@ class Receiver(wiring.Component):
         return drains
 
     def _count_blocks(self, m: Module) -> None:
-        """Blocks received in whole and not taken; a gather's last is not sent on, so its end takes it."""
-        last, arrived, count = Signal(), Signal(), Signal(range(2 * MAX_DEVICES))
+        """Blocks begun and not taken; a gather's last is not sent on, so its end takes it."""
+        inside, first, arrived, count = Signal(), Signal(), Signal(), Signal(range(2 * MAX_DEVICES))
+        with m.If(self.link.valid):
+            m.d.sync += inside.eq(~self.link.payload.last)
         m.d.sync += [
-            last.eq(self.link.valid & self.link.payload.last),
-            arrived.eq(last),
+            first.eq(self.link.valid & ~inside),
+            arrived.eq(first),
             count.eq(count + arrived - (self.take | (self.finish & (self.hops != 0)))),
         ]
-        m.d.comb += self.whole.eq(count != 0)
+        m.d.comb += self.begun.eq(count != 0)
 
 
 class RingUnit(wiring.Component):
@@ -344,7 +350,7 @@ class RingUnit(wiring.Component):
         self._busy, self._start, self._finish, self._armed = Signal(), Signal(), Signal(), Signal()
         self._words = Signal(link_layout(self.machine)["words"].shape)
         self._rows, self._dst = Signal(range(rows + 1)), Signal(range(rows))
-        self._own, self._top, self._writing = (Signal(range(rows + 1), name=n) for n in ("own", "top", "writing"))
+        self._own, self._top = (Signal(range(rows + 1), name=n) for n in ("own", "top"))
         self._sequence, self._hops = Signal(8), (Signal(HOP_BITS), Signal(HOP_BITS))
         m.submodules.timer = self._timer = timer = GatherTimer(self.machine)
         m.d.comb += [
@@ -352,6 +358,7 @@ class RingUnit(wiring.Component):
             self._hops[1].eq((self.devices - 1) >> 1),
             timer.launch.eq(self._start),
             timer.hops.eq(self._hops[0]),
+            timer.back.eq(self._hops[1]),
             timer.rows.eq(self._rows),
         ]
         self._instruction()
@@ -365,7 +372,7 @@ class RingUnit(wiring.Component):
             self._feed(index, sender, receiver, own)
             m.d.comb += [
                 # The rows of empty blocks are not written.
-                arbiter.requests[index].eq(receiver.wants & (self._rows != 0)),
+                arbiter.requests[index].eq(receiver.wants & self._open & (self._rows != 0)),
                 receiver.granted.eq(arbiter.grants[index] | (self._rows == 0)),
             ]
         return m
@@ -377,13 +384,13 @@ class RingUnit(wiring.Component):
         values = self.issued.payload["values"]
         pc, ticket = Signal(TARGET_BITS), Signal.like(self.completed)
         stage, port_time = Signal(2), Signal(range(file_rows(self.machine) + self.machine.ring.setup_latency + 1))
-        over, skew = Signal(), Signal()
+        over, written, skew = Signal(), Signal(), Signal()
         self._wrong, self._idle = Signal(2), Signal(6)
         m.d.comb += [
             self.issued.ready.eq(~self._busy),
             self._start.eq(self.issued.valid & self.issued.ready),
             over.eq(self._armed & (port_time == 0)),
-            self._finish.eq(self._busy & over & self._idle[:4].all() & ~self._wrong.any() & ~self.mismatch),
+            self._finish.eq(self._busy & written & self._idle[:2].all() & ~self._wrong.any() & ~self.mismatch),
             self.waiting.eq(self._busy & over & ~self._finish & self._idle[4:].all()),
             self.mismatch_pc.eq(pc),
             self.activity.active.eq(self._start | self._busy),
@@ -401,21 +408,21 @@ class RingUnit(wiring.Component):
             stage.eq((stage << 1) | self._start),
             self._own.eq(self._dst + self.rank * self._rows),
             self._top.eq(self._dst + (self.devices - 1) * self._rows),
-            self._writing.eq(self.devices * self._rows),
+            written.eq(over & self._idle[2:4].all() & ~self._finish),
         ]
         with m.If(stage[1]):
-            # All rows enter the register file, one a cycle from the setup's end.
-            m.d.sync += [self._armed.eq(1), port_time.eq(self._writing + (self.machine.ring.setup_latency - 3))]
+            # The own rows enter the register file first, one a cycle from the setup's end.
+            m.d.sync += [self._armed.eq(1), port_time.eq(self._rows + (self.machine.ring.setup_latency - 4))]
         with m.Elif(port_time != 0):
             m.d.sync += port_time.eq(port_time - 1)
-        with m.If(self._busy & over & self._timer.over):
+        with m.If(self._busy & self._timer.over):
             m.d.sync += skew.eq(1)
         with m.If(self._busy & self._wrong.any()):
             m.d.sync += self.mismatch.eq(1)
         with m.If(self._finish):
             m.d.sync += [self._busy.eq(0), self._armed.eq(0), skew.eq(0)]
             m.d.sync += [self.completed.eq(ticket), self._sequence.eq(self._sequence + 1)]
-        self._arm = stage[1]
+        self._arm, self._open = stage[1], over
 
     def _read_own(self) -> tuple[Signal, Signal]:
         """Read the own block, a row a cycle from the start on; when a row is on `read.data`, and which."""
@@ -459,7 +466,8 @@ class RingUnit(wiring.Component):
             sender.go.eq(self._timer.setup),
             sender.credit.eq(getattr(self, f"{name}_out_credit")),
             getattr(self, f"{name}_in_credit").eq(receiver.credit),
-            sender.whole.eq(receiver.whole),
+            sender.begun.eq(receiver.begun),
+            sender.come.eq(receiver.come),
             sender.forward.eq(receiver.forward),
             receiver.take.eq(sender.take),
             receiver.advance.eq(sender.advance),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import gcd
 
-from amaranth.hdl import Module, Mux, Signal, signed
+from amaranth.hdl import Module, Mux, Signal, Value, signed
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
@@ -77,9 +77,12 @@ class Pacer(wiring.Component):
 class GatherTimer(wiring.Component):
     """How long a gather takes if all devices start it together (`isa.timing.gather_cycles`), as cycles pass.
 
-    `launch` in the gather's first cycle; `setup` is over `setup_latency` cycles later, `over` in the cycle before that
-    in which such a gather is done (but for the writes to the register file, which the unit times). A device that starts
-    last is done sooner, and may launch the next gather before this one is over.
+    `launch` in the gather's first cycle, of blocks that travel `hops` one way and `back` the other; `setup` is over
+    `setup_latency` cycles later, `over` in the cycle before that in which such a gather is done, if it has any hops. A
+    device that starts last is done sooner, and may launch the next gather before this one is over.
+
+    What a neighbour sends is written when it has come, so rows that leave now are counted and written at once, but
+    after the own ones, as seen `hop_latency` later.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -89,6 +92,7 @@ class GatherTimer(wiring.Component):
             {
                 "launch": In(1),
                 "hops": In(HOP_BITS),
+                "back": In(HOP_BITS),
                 "rows": In(range(file_rows(machine) + 1)),
                 "setup": Out(1),
                 "over": Out(1),
@@ -96,16 +100,16 @@ class GatherTimer(wiring.Component):
         )
 
     def elaborate(self, platform: object) -> Module:
-        """A block, then a hop, `hops` times."""
-        m = Module()
-        ring = self.machine.ring
+        """A block, `hops` times, each when the one before has left and its own first row has come; the writes."""
+        m, ring = Module(), self.machine.ring
         m.submodules.pacer = pacer = Pacer(self.machine)
-        wait, left, block = Signal(range(max(ring.setup_latency, ring.hop_latency + 1))), Signal(HOP_BITS), Signal()
+        wait, left, block = Signal(range(ring.setup_latency)), Signal(HOP_BITS), Signal()
+        row_cycles = -(-pacer.cycles // pacer.over)
+        gap = Signal(range(row_cycles + ring.hop_latency))
         m.d.comb += [
             pacer.rows.eq(self.rows),
             pacer.stop.eq(self.launch),
-            pacer.begin.eq(self.setup & (wait == 0) & (left != 0) & ~block),
-            self.over.eq(self.setup & (wait == 0) & (left == 0)),
+            pacer.begin.eq(self.setup & (gap == 0) & (left != 0) & ~block),
         ]
         with m.If(wait != 0):
             m.d.sync += wait.eq(wait - 1)
@@ -114,7 +118,35 @@ class GatherTimer(wiring.Component):
         with m.If(pacer.running):
             m.d.sync += block.eq(1)
         with m.If(pacer.due & pacer.last):
-            m.d.sync += [block.eq(0), wait.eq(ring.hop_latency), left.eq(left - 1)]
+            m.d.sync += [block.eq(0), left.eq(left - 1)]
+        with m.If(pacer.begin):
+            m.d.sync += gap.eq(Mux(self.rows == 0, 1, row_cycles) + ring.hop_latency - 1)
+        with m.Elif(gap != 0):
+            m.d.sync += gap.eq(gap - 1)
         with m.If(self.launch):
-            m.d.sync += [wait.eq(ring.setup_latency - 1), left.eq(self.hops), self.setup.eq(0), block.eq(0)]
+            m.d.sync += [wait.eq(ring.setup_latency - 1), left.eq(self.hops), self.setup.eq(0), block.eq(0), gap.eq(0)]
+        self._write(m, pacer, left, wait == 1)
         return m
+
+    def _write(self, m: Module, pacer: Pacer, left: Signal, begins: Value) -> None:
+        """Rows that have left, one or two at a time, until they are written, one a cycle; then the last one's hop."""
+        hop = self.machine.ring.hop_latency
+        own, waiting, travels = Signal.like(self.rows), Signal.like(self.rows), Signal(range(hop + 1))
+        comes, here = Signal(2), Signal(len(waiting) + 1)
+        alone = (left == 1) & (self.hops != self.back)
+        m.d.comb += [
+            comes.eq(Mux(pacer.due & (self.rows != 0), Mux(alone, 1, 2), 0)),
+            here.eq(waiting + comes),
+            self.over.eq(self.setup & (self.hops != 0) & (left == 0) & (waiting == 0) & (travels == 0)),
+        ]
+        m.d.sync += waiting.eq(here - ((here != 0) & (own == 0)))
+        with m.If(begins):
+            m.d.sync += own.eq(Mux(self.rows > hop, self.rows - hop, 0))
+        with m.Elif(self.setup & (own != 0)):
+            m.d.sync += own.eq(own - 1)
+        with m.If(~self.setup | (left != 0) | (waiting != 0)):
+            m.d.sync += travels.eq(hop)
+        with m.Elif(travels != 0):
+            m.d.sync += travels.eq(travels - 1)
+        with m.If(self.launch):
+            m.d.sync += [waiting.eq(0), travels.eq(hop)]

@@ -521,50 +521,100 @@ def matmul_latency(p: TimingParameters) -> int:
 
 
 # Ring -----------------------------------------------------------------------------------------------------
+NEVER = 1 << 62
+"""Later than any cycle."""
+
+
 def slice_cycles(p: TimingParameters, n: int) -> int:
     """Cycles that n words take on one link: max(1, ceil(32 n clock / rate))."""
     return max(1, -(-n * 32 * p.clock_mhz // p.megabits_per_second))
 
 
+def ahead_cycles(p: TimingParameters, n: int) -> int:
+    """Cycles from the beginning of a block of n words until a neighbour sends it on: its first row has come."""
+    return slice_cycles(p, min(n, p.vector_lanes)) + p.hop_latency
+
+
+def row_arrival(p: TimingParameters, n: int, sent: int, row: int) -> int:
+    """When the neighbour has a row of a block of n words whose sending began at `sent`."""
+    return sent + slice_cycles(p, min(n, (row + 1) * p.vector_lanes)) + p.hop_latency
+
+
 def gather_cycles(p: TimingParameters, n: int, devices: int) -> int:
     """Cycles from start to done of a gather whose devices all start in the same cycle."""
     rows = -(-n // p.vector_lanes)
-    return p.setup_latency + max(devices * rows, devices // 2 * (slice_cycles(p, n) + p.hop_latency)) + 1
+    sent, written = p.setup_latency, p.setup_latency + rows
+    for hop in range(devices // 2):
+        # The other way round goes one block less, or as many.
+        together = 2 if hop < (devices - 1) // 2 else 1
+        for row in range(max(1, rows)):
+            # Rows that come together are written one after the other.
+            written = max(written + min(rows, 1), row_arrival(p, n, sent, row)) + min(rows, 1) * (together - 1)
+        sent += max(slice_cycles(p, n), ahead_cycles(p, n))
+    return written + 1
 
 
-def gather_done(p: TimingParameters, n: int, starts: Any, send: Any, done: Any, before: int = 0) -> None:
-    """Completion of one gather on all devices: `starts` [N] in, `done` [N] out, `send` [N] is scratch.
+def gather_done(p: TimingParameters, n: int, starts: Any, sends: Any, done: Any, before: int = 0) -> None:
+    """Completion of one gather on all devices: `starts` [N] in, `done` [N] out, `sends` [2, max(1, N // 2), N] scratch.
 
     `before` gathers have gone before it in the run (they number the blocks for `stall`).
 
     Clockwise (d to d + 1) a block travels N // 2 hops, anticlockwise (N - 1) // 2. A device sends its own block
-    `setup_latency` after its start, then forwards block by block: each when it has arrived in whole and the link
-    is free. Done is one cycle after the last arrival, the last sending, and the last row written: all blocks enter
-    the register file a row a cycle, no sooner than from the setup's end.
+    `setup_latency` after its start, then forwards block by block: each when its first row has arrived and the link
+    is free. Done is one cycle after the last sending and the last row written: rows enter the register file one a
+    cycle in the order in which they arrive, the device's own from the setup's end on and before all others.
     """
     devices, cycles = len(starts), slice_cycles(p, n)
-    for d in range(devices):
-        done[d] = starts[d] + p.setup_latency + devices * -(-n // p.vector_lanes)
     for direction in range(2):
         hops = devices // 2 if direction == 0 else (devices - 1) // 2
-        port = LINK_CW if direction == 0 else LINK_CCW
-        for d in range(devices):
-            send[d] = starts[d] + p.setup_latency
-        for hop in range(1, hops + 1):
-            block = before * hops + hop - 1
-            held = send[devices - 1] if direction == 0 else send[0]
-            for i in range(devices):
-                d = devices - 1 - i if direction == 0 else i
-                source = d - 1 if direction == 0 else d + 1
-                sent = held if (source < 0 or source == devices) else send[source]
-                delay = stall(p.stall_seed, (source + devices) % devices, port, block)
-                arrived = sent + cycles + delay + p.hop_latency
-                free = send[d] + cycles + stall(p.stall_seed, d, port, block)
-                done[d] = max(done[d], arrived, free)
-                if hop < hops:
-                    send[d] = max(free, arrived)
+        for hop in range(hops):
+            for d in range(devices):
+                if hop == 0:
+                    sends[direction, 0, d] = starts[d] + p.setup_latency
+                else:
+                    free = sends[direction, hop - 1, d] + cycles
+                    free += stall(p.stall_seed, d, LINK_CW + direction, before * hops + hop - 1)
+                    first = block_arrival(p, sends, direction, hop - 1, d, devices, before) + ahead_cycles(p, n)
+                    sends[direction, hop, d] = max(free, first)
     for d in range(devices):
-        done[d] += 1
+        end = rows_written(p, n, starts[d], sends, d, devices, before)
+        for direction in range(2):
+            hops = devices // 2 if direction == 0 else (devices - 1) // 2
+            if hops > 0:
+                last = stall(p.stall_seed, d, LINK_CW + direction, before * hops + hops - 1)
+                end = max(end, sends[direction, hops - 1, d] + cycles + last)
+        done[d] = end + 1
+
+
+def block_arrival(p: TimingParameters, sends: Any, direction: int, hop: int, d: int, devices: int, before: int) -> int:
+    """When the neighbour from which device d receives in a direction began to send a block, its stall included."""
+    hops = devices // 2 if direction == 0 else (devices - 1) // 2
+    source = (d + devices - 1) % devices if direction == 0 else (d + 1) % devices
+    delay = stall(p.stall_seed, source, LINK_CW + direction, before * hops + hop)
+    return int(sends[direction, hop, source]) + delay
+
+
+def rows_written(p: TimingParameters, n: int, start: int, sends: Any, d: int, devices: int, before: int) -> int:
+    """When the last row of a gather is in a device's register file: both directions' rows merged as they arrive."""
+    rows = -(-n // p.vector_lanes)
+    written, count, each = start + p.setup_latency + rows, max(1, rows), min(rows, 1)
+    left, right = devices // 2 * count, (devices - 1) // 2 * count
+    cw = ccw = 0
+    while cw < left or ccw < right:
+        first = second = NEVER
+        if cw < left:
+            sent = block_arrival(p, sends, 0, cw // count, d, devices, before)
+            first = row_arrival(p, n, sent, cw % count)
+        if ccw < right:
+            sent = block_arrival(p, sends, 1, ccw // count, d, devices, before)
+            second = row_arrival(p, n, sent, ccw % count)
+        # Blocks without rows have none to write.
+        written = max(written + each, min(first, second))
+        if first <= second:
+            cw += 1
+        else:
+            ccw += 1
+    return written
 
 
 # Stalls, for verification -----------------------------------------------------------------------------------

@@ -32,7 +32,6 @@ from typebar.sim.timing_state import (
     GATHER_DONE,
     GATHER_N,
     GATHER_PC,
-    GATHER_SCRATCH,
     GATHER_START,
     HALTED,
     LOG,
@@ -231,7 +230,7 @@ def _resolve_ring(s: State, p: TimingParameters) -> None:
     n = s.gathers[GATHER_N, 0]
     together = gather_cycles(p, n, devices)
     before = s.events[0, E_GATHERS]
-    gather_done(p, n, s.gathers[GATHER_START], s.gathers[GATHER_SCRATCH], s.gathers[GATHER_DONE], before)
+    gather_done(p, n, s.gathers[GATHER_START], s.gather_sends, s.gathers[GATHER_DONE], before)
     s.events[0, E_GATHERS] = before + 1
     for d in range(devices):
         start = s.gathers[GATHER_START, d]

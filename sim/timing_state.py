@@ -104,7 +104,7 @@ LOG, TRACE = 0, 1
 SLICE = 5
 """Columns of `State.trace` before those of a profile."""
 E_ROWS, E_USABLE, E_LINES, E_GATHERS = range(4)
-GATHER_N, GATHER_START, GATHER_PC, GATHER_DONE, GATHER_SCRATCH = range(5)
+GATHER_N, GATHER_START, GATHER_PC, GATHER_DONE = range(4)
 NEVER = -(1 << 62)
 
 
@@ -153,7 +153,8 @@ class State(NamedTuple):
     values: Ints  # [operand slots] of the instruction in hand
     ranges: Ints  # [MAX_ACCESSES, 3] its operand ranges
     plan: Ints  # [3, steps] its step's rows needed, rows consumed, and the last start of each column group
-    gathers: Ints  # [5, D] of the ring instruction: n, start, pc, done, and scratch
+    gathers: Ints  # [4, D] of the ring instruction: n, start, pc, done
+    gather_sends: Ints  # [2, hops, D] when it sends its blocks, by direction
     gather_values: Ints  # [D, 3] its operands
     log: Ints  # [., 5] scalar stores to IO: completion, device, line, byte, value
     trace: Ints  # [., 5] device, unit, start, end, pc; in a profile then the unit's causes and the device's counters
@@ -202,7 +203,8 @@ def new_state(
         values=zeros(MAX_OPERANDS),
         ranges=zeros(timing.MAX_ACCESSES, 3),
         plan=zeros(3, p.column_block // p.columns),
-        gathers=zeros(5, devices),
+        gathers=zeros(4, devices),
+        gather_sends=zeros(2, max(1, devices // 2), devices),
         gather_values=zeros(devices, 3),
         log=zeros(max(64, devices), 5),
         trace=zeros(4096 if trace or profile else 0, SLICE + (len(Cause) + len(COUNTERS) if profile else 0)),

@@ -500,10 +500,10 @@ def test_counters() -> None:
 
 
 # Ring --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("devices", "total"), [(1, 8), (2, 31), (3, 31), (4, 55), (5, 55), (6, 79)])
+@pytest.mark.parametrize(("devices", "total"), [(1, 8), (2, 31), (3, 32), (4, 55), (5, 56), (6, 79)])
 def test_gather(devices: int, total: int) -> None:
     # A block of 8 words takes 4 cycles: sent at 5, there at 29, sent on at 29, there at 53 and so on; done one later.
-    # One device has a row of its own to write in cycle 5.
+    # One device has a row of its own to write in cycle 5. Of an odd number, each gets its last two rows in one cycle.
     result = run("gather dst=0 a=8192 n=8\nhalt", devices)
     assert result.device_cycles == (total,) * devices
     assert result.causes[0]["ring"] == {"issue": 1, "transfer": total - 2, "drain": 1}
@@ -511,8 +511,19 @@ def test_gather(devices: int, total: int) -> None:
 
 
 def test_long_blocks_keep_the_link_busy() -> None:
-    # 200 words: 100 cycles. Blocks are sent on when there in whole: 5, 125; there at 125, 245.
-    assert run("gather dst=0 a=8192 n=200\nhalt", 4).total_cycles == 247
+    # 200 words: 100 cycles, a row 4. Sent on at 29, but the link is busy with the own block: 5, 105; there at 225.
+    assert run("gather dst=0 a=8192 n=200\nhalt", 4).total_cycles == 227
+
+
+def test_a_block_is_sent_on_while_it_arrives() -> None:
+    # 16 words: 8 cycles, a row 4. Sent at 5, on at 29; there at 57.
+    assert run("gather dst=0 a=8192 n=16\nhalt", 4).total_cycles == 59
+
+
+def test_rows_of_both_directions_are_written_one_a_cycle() -> None:
+    # A row a cycle: sent at 5, the first row there at 26; 25 own rows written at 30, 50 of the neighbours by 80.
+    result = run("gather dst=0 a=8192 n=200\nhalt", 3, ring__megabits_per_second=51200)
+    assert all(slices(result, RING, device) == [(1, 81)] for device in range(3))
 
 
 def test_one_device_writes_its_own_block_a_row_a_cycle() -> None:

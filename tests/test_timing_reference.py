@@ -98,8 +98,9 @@ class Device:
         self.last_reduction: Instruction | None = None
         self.last_left = 0  # cycle in which the vector unit's last element result is there
         self.gathers: list[Instruction] = []
-        self.arrivals: dict[tuple[int, int, int], int] = {}  # (gather, direction, block) -> cycle
+        self.arrivals: dict[tuple[int, int, int], int] = {}  # (gather, direction, block) -> when its sending began
         self.sends: dict[tuple[int, int], list[int]] = {}  # (gather, direction) -> start cycles
+        self.ring_rows = self.ring_written = 0  # rows of the gather received and written; when the last of them was
         self.slices: list[tuple[int, str, int, int, int]] = []
         self.log: list[tuple[int, int, int, int, int]] = []
 
@@ -480,33 +481,61 @@ class Device:
         i = self.current["RING"]
         if not i:
             return
-        number, devices = len(self.gathers) - 1, len(self.ring)
-        bits = i.values["n"] * 32
-        cycles = max(1, ceil(bits * self.m.clock_mhz, self.m.ring.megabits_per_second))
+        number, devices, n = len(self.gathers) - 1, len(self.ring), i.values["n"]
         hops = (devices // 2, (devices - 1) // 2)
-        last = i.start + self.m.ring.setup_latency + devices * ceil(i.values["n"], self.m.vector.lanes)
+        last = i.start + self.m.ring.setup_latency + ceil(n, self.m.vector.lanes)
         whole = True
         for direction in range(2):
             sends = self.sends.setdefault((number, direction), [])
             block = len(sends)
-            here = (
-                i.start + self.m.ring.setup_latency if block == 0 else self.arrivals.get((number, direction, block), -1)
-            )
-            takes = [cycles + self.stall(3 + direction, number * hops[direction] + j) for j in range(devices)]
+            here = i.start + self.m.ring.setup_latency
+            if block:
+                here = self.row_times(number, direction, block, n)[0] if self.received(number, direction, block) else -1
+            takes = [
+                self.link_time(n) + self.stall(3 + direction, number * hops[direction] + j) for j in range(devices)
+            ]
             free = sends[-1] + takes[block - 1] if sends else 0
             if block < hops[direction] and 0 <= here <= c and free <= c:
                 sends.append(c)
                 neighbour = self.ring[(self.rank + (1 if direction == 0 else -1)) % devices]
-                neighbour.arrivals[number, direction, block + 1] = c + takes[block] + self.m.ring.hop_latency
+                neighbour.arrivals[number, direction, block + 1] = c + takes[block] - self.link_time(n)
             whole = whole and len(sends) == hops[direction]
+            whole = whole and all(self.received(number, direction, j) for j in range(1, hops[direction] + 1))
             last = max([last, *(s + took for s, took in zip(sends, takes, strict=False))])
-            for j in range(1, hops[direction] + 1):
-                arrival = self.arrivals.get((number, direction, j), -1)
-                whole, last = whole and arrival >= 0, max(last, arrival)
-        if whole and c >= last:
+        self.write_row(i, c, number, n)
+        if whole and self.ring_rows == len(self.all_rows(number, n)) and c >= max(last, self.ring_written):
+            last = max(last, self.ring_written)
+            self.ring_rows = self.ring_written = 0
             self.current["RING"] = None
             self.occupy(i, last + 1)
             self.finish(i, last + 1)
+
+    def link_time(self, words: int) -> int:
+        return max(1, ceil(words * 32 * self.m.clock_mhz, self.m.ring.megabits_per_second))
+
+    def received(self, number: int, direction: int, block: int) -> bool:
+        return (number, direction, block) in self.arrivals
+
+    def row_times(self, number: int, direction: int, block: int, n: int) -> list[int]:
+        """When each row of a received block has come; that of an empty block stands for it."""
+        began, lanes = self.arrivals[number, direction, block], self.m.vector.lanes
+        ends = [min(n, end + lanes) for end in range(0, max(n, 1), lanes)]
+        return [began + self.link_time(words) + self.m.ring.hop_latency for words in ends]
+
+    def all_rows(self, number: int, n: int) -> list[int]:
+        blocks = [key[1:] for key in self.arrivals if key[0] == number]
+        return sorted(time for block in blocks for time in self.row_times(number, *block, n))
+
+    def write_row(self, i: Instruction, c: int, number: int, n: int) -> None:
+        """One received row in a cycle, after the own ones; rows of empty blocks take none."""
+        own = i.start + self.m.ring.setup_latency + ceil(n, self.m.vector.lanes)
+        come = [time for time in self.all_rows(number, n) if time <= c + 1]
+        if c >= own and n and self.ring_rows < len(come):
+            self.ring_rows += 1
+            self.ring_written = c + 1
+        elif n == 0:
+            self.ring_rows = len(come)
+            self.ring_written = max([0, *come])
 
     def step_issue(self, c: int) -> None:
         if self.halted >= 0 or c < self.next_issue:

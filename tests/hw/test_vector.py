@@ -298,7 +298,8 @@ def expect(machine: Machine, program: list[Op], rng: np.random.Generator, alone:
             waits[Cause.VECTOR] = max(waits[Cause.VECTOR], reduced)
         if not alone and rng.random() < 0.2:
             other = Cause(rng.choice([Cause.MATRIX, Cause.MEMORY, Cause.RING]))
-            waits[other] = int(rng.choice([issue + rng.integers(0, 30), reduced]))
+            # Now and then as long as one of the unit's own rules.
+            waits[other] = int(rng.choice([issue + rng.integers(0, 30), reduced, exits - element]))
         # What the core has it wait for; then the unit's own rule, that results leave in order.
         ready = max(waits.values())
         cause = min(cause for cause, time in waits.items() if time == ready)
