@@ -349,17 +349,22 @@ def _float32(m: Module, pipe: Pipeline, total: Any, scale: Any, nan: Any) -> Any
 
 def late_weights(m: Module, weights: list[Any], lags: Lags) -> dict[str, Any]:
     """Ports of dot units by name: weights (`WEIGHT`) of the first cycle, their fields as late as units want them."""
-    steps = [weight.step for weight in weights]
-    fields = {
-        "nonzero": (Cat(step.nonzero for step in steps), 0),
-        "steps": (Cat(step.as_value() for step in steps), lags.signs),
-        "weight_signs": (Cat(weight.sign for weight in weights), lags.signs),
-        "values": (Cat(weight.value for weight in weights), lags.values),
+    steps = [Cat(weight.step.as_value() for weight in weights)]
+    for _ in range(lags.signs):
+        steps.append(delayed(m, steps[-1], 1, "steps", keep=True))
+    signs, values = Cat(weight.sign for weight in weights), Cat(weight.value for weight in weights)
+    ports = {
+        "nonzero": Cat(weight.step.nonzero for weight in weights),
+        "steps": steps[-1],
+        "weight_signs": delayed(m, signs, lags.signs, "weight_signs", keep=True),
+        "values": delayed(m, values, lags.values, "values", keep=True),
     }
     for index in range(_DIGITS):
-        at = 2 * (_DIGITS - 1 - index)
-        fields[f"digits{index}"] = (Cat(step.exponent[at : at + 2] for step in steps), lags.digit(index))
-    return {port: delayed(m, value, cycles, port) for port, (value, cycles) in fields.items()}
+        late, at = steps[lags.digit(index)], 2 * (_DIGITS - 1 - index)
+        ports[f"digits{index}"] = Cat(
+            late[first + at : first + at + 2] for first in range(0, STEP.size * len(weights), STEP.size)
+        )
+    return ports
 
 
 def _reduce(m: Module, values: list[Any], join: Callable[[Module, Any, Any], Any]) -> list[Any]:

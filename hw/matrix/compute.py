@@ -146,7 +146,7 @@ class Compute(wiring.Component):
         lags, folded = Lags.of(g.lanes, g.dot), delayed(m, compute.folded, 1, "tile_folded")
         late_folded = delayed(m, folded, lags.signs, "late_folded")
         tile = self._late_tile(lags)
-        own = delayed(m, self.own, TILE_LAG + g.two - RAW_LAG + lags.values, "own")
+        own = delayed(m, self.own, TILE_LAG + g.two - RAW_LAG + lags.values, "own", keep=True)
         for row, (operands, nan) in enumerate(vectors):
             m.submodules[f"vector{row}"] = vector = self._aligned.replica()
             m.d.comb += vector.x.eq(operands)
