@@ -24,7 +24,7 @@ from typebar.hw.arith.convert import (
     OperandFromMemory,
     OperandFromShort,
 )
-from typebar.hw.arith.dot import DotProduct
+from typebar.hw.arith.dot import AlignedVector, DotUnit
 from typebar.hw.arith.multiply import Multiplier
 from typebar.hw.synthesis import KINDS, synthesise, total
 
@@ -37,8 +37,10 @@ UNITS: Mapping[str, Callable[[], Any]] = {
     "operand-from-memory": lambda: OperandFromMemory(2),
     "load": lambda: Float32FromMemory(2),
     "store": lambda: MemoryFromFloat32(2),
-    "dot-8": lambda: DotProduct(8, 16),
-    "dot-64": lambda: DotProduct(64, 15),
+    "dot-8": lambda: DotUnit(8, 14),
+    "dot-64": lambda: DotUnit(64, 17),
+    "dot-64-own": lambda: DotUnit(64, 17, own=True),
+    "aligned-vector-64": lambda: AlignedVector(64, 17),
 }
 
 

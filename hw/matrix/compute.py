@@ -18,6 +18,7 @@ from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
+from typebar.hw import delay
 from typebar.hw.arith.add import Adder
 from typebar.hw.arith.convert import OPERAND, WEIGHT, OperandFromFloat32
 from typebar.hw.arith.dot import AlignedVector, DotUnit, Lags, late_weights
@@ -146,7 +147,7 @@ class Compute(wiring.Component):
         lags, folded = Lags.of(g.lanes, g.dot), delayed(m, compute.folded, 1, "tile_folded")
         late_folded = delayed(m, folded, lags.signs, "late_folded")
         tile = self._late_tile(lags)
-        own = delayed(m, self.own, TILE_LAG + g.two - RAW_LAG + lags.values, "own", keep=True)
+        own = delay.delayed(m, self.own, TILE_LAG + g.two - RAW_LAG + lags.values, "own", keep=True)
         for row, (operands, nan) in enumerate(vectors):
             m.submodules[f"vector{row}"] = vector = self._aligned.replica()
             m.d.comb += vector.x.eq(operands)
