@@ -15,14 +15,23 @@ from typebar.sim.timing import TimingResult, run_timing
 from typebar.tests.hw.control_programs import REGION_BYTES, random_program
 
 TINY = Machine.load("tiny")
+WIDE = TINY.override({"vector.lanes": "32", "vector.align": "32", "vector.ultra_copies": "1"})
+"""Register rows of as many words as `u280`'s, of several chunks and half a column block."""
 
 
-@pytest.fixture(scope="module", params=[(1, 0), (2, 0), (1, 77), (2, 5)], ids=str)
-def device(request: pytest.FixtureRequest) -> Iterator[tuple[RtlDevice, int]]:
-    """Kernels, and the seed of the stalls of what is around them."""
-    devices, seed = request.param
-    found = RtlDevice(TINY, devices, stall_seed=seed)
-    yield found, seed
+@pytest.fixture(
+    scope="module",
+    params=[
+        *((TINY, *case) for case in [(1, 0), (2, 0), (1, 77), (2, 5)]),
+        *(pytest.param((WIDE, *case), marks=pytest.mark.long) for case in [(1, 0), (2, 5)]),
+    ],
+    ids=lambda case: f"rows of {case[0].vector.lanes}, {case[1]}, {case[2]}",
+)
+def device(request: pytest.FixtureRequest) -> Iterator[tuple[Machine, RtlDevice, int]]:
+    """A machine's kernels, and the seed of the stalls of what is around them."""
+    machine, devices, seed = request.param
+    found = RtlDevice(machine, devices, stall_seed=seed)
+    yield machine, found, seed
     found.native.close()
 
 
@@ -43,10 +52,10 @@ def differences(device: RtlDevice, rank: int, timed: TimingResult) -> list[str]:
     return found
 
 
-def check(device: RtlDevice, stall_seed: int, first: int, count: int) -> None:
+def check(machine: Machine, device: RtlDevice, stall_seed: int, first: int, count: int) -> None:
     """Random programs' counters."""
     for seed in range(first, first + count):
-        program = random_program(seed, TINY)
+        program = random_program(seed, machine)
         device.reset()
         device.load(program)
         for rank in range(device.ranks):
@@ -55,16 +64,16 @@ def check(device: RtlDevice, stall_seed: int, first: int, count: int) -> None:
         device.launch(0)
         device.wait()
         words = np.zeros((device.ranks, 4096), np.int32)
-        timed = run_timing(program, TINY, device.ranks, words, stall_seed=stall_seed)
+        timed = run_timing(program, machine, device.ranks, words, stall_seed=stall_seed)
         for rank in range(device.ranks):
             wrong = differences(device, rank, timed)
             assert not wrong, f"program {seed}, device {rank}: {'; '.join(wrong)}"
 
 
-def test_every_counter_is_the_simulators(device: tuple[RtlDevice, int]) -> None:
+def test_every_counter_is_the_simulators(device: tuple[Machine, RtlDevice, int]) -> None:
     check(*device, first=0, count=6)
 
 
 @pytest.mark.long
-def test_every_counter_is_the_simulators_in_many_programs(device: tuple[RtlDevice, int]) -> None:
+def test_every_counter_is_the_simulators_in_many_programs(device: tuple[Machine, RtlDevice, int]) -> None:
     check(*device, first=1000, count=150)

@@ -25,28 +25,29 @@ from typebar.tests.hw.stream_tools import Coverage, Illegal, execute, illegal_pr
 from typebar.tests.hw.streams import REGION_BYTES, Stream, random_stream
 
 TINY = Machine.load("tiny")
+WIDE = TINY.override({"vector.lanes": "32", "vector.align": "32", "vector.ultra_copies": "1"})
 STREAMS = int(os.environ.get("TYPEBAR_STREAMS", "1000"))
 STREAMS_AT_ONCE = 250
 LONG_INSTRUCTIONS = 100_000
 STALL_SEED = 20_26
-Rings = Callable[[int, int], RtlDevice]
-"""The ring of so many devices with stalls of this seed, 0 for none."""
+Rings = Callable[..., RtlDevice]
+"""The ring of so many devices with stalls of this seed, 0 for none, of a machine, `tiny` unless it is named."""
 
 
 @pytest.fixture(scope="module")
 def rings() -> Iterator[Rings]:
     """Rings by size, each made once; status is looked at often, because streams are short."""
-    made: dict[tuple[int, int], RtlDevice] = {}
+    made: dict[tuple[int, int, Machine], RtlDevice] = {}
     patch = pytest.MonkeyPatch()
     patch.setattr(rtl, "CHUNK", 256)
 
-    def ring(devices: int, seed: int) -> RtlDevice:
-        if (devices, seed) not in made:
-            device = made[devices, seed] = RtlDevice(TINY, devices, stall_seed=seed)
+    def ring(devices: int, seed: int, machine: Machine = TINY) -> RtlDevice:
+        if (devices, seed, machine) not in made:
+            device = made[devices, seed, machine] = RtlDevice(machine, devices, stall_seed=seed)
             for rank in range(devices):
                 for region, size in REGION_BYTES.items():
                     device.allocate(rank, region, size)
-        return made[devices, seed]
+        return made[devices, seed, machine]
 
     yield ring
     patch.undo()
@@ -54,10 +55,10 @@ def rings() -> Iterator[Rings]:
         device.native.close()
 
 
-def difference(stream: Stream, device: RtlDevice, seed: int = 0) -> str:
+def difference(stream: Stream, device: RtlDevice, seed: int = 0, machine: Machine = TINY) -> str:
     """What the hardware does with a stream that the simulators do not; nothing if all is the same."""
-    simulator, _, _ = execute(stream, TINY)
-    timed = run_timing(stream.program, TINY, stream.devices, io_words(stream), stall_seed=seed)
+    simulator, _, _ = execute(stream, machine)
+    timed = run_timing(stream.program, machine, stream.devices, io_words(stream), stall_seed=seed)
     for rank, memory in enumerate(stream.memories()):
         for region, data in memory.regions.items():
             device.write(rank, region, 0, data)
@@ -123,6 +124,15 @@ def test_random_streams(first: int, rings: Rings) -> None:
         check(stream, rings, STALL_SEED if seed % 4 == 3 else 0, counters=seed % 10 == 0)
         coverage.add(execute(stream, TINY)[2], stream.devices)
     assert coverage.coverage() > 0.75
+
+
+@pytest.mark.long
+def test_random_streams_on_rows_of_32_words(rings: Rings) -> None:
+    device = rings(2, STALL_SEED, WIDE)
+    for seed in range(2_000_000, 2_000_150):
+        stream = random_stream(seed, WIDE, items=40, devices=2)
+        found = difference(stream, device, STALL_SEED, WIDE)
+        assert not found, f"stream {seed}: {found}\n{disassemble(stream.program)}"
 
 
 @pytest.mark.long
