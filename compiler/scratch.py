@@ -113,11 +113,33 @@ def _vectors(op: Operation, limits: Limits, chunk: int) -> list[dict[str, int]]:
     if isinstance(op, dev.RotaryOp):
         return [{"crossed": int(op.heads.value.data) * int(op.pad.value.data)}]
     if isinstance(op, dev.HeadOp):
-        everyone = {"all": limits.devices * limits.align} if limits.devices > 1 else {}
-        piece = op.pieces[0]
-        loaded = {name: chunk for name, symbol in (("scale", piece.scale), ("bias", piece.bias)) if symbol is not None}
-        return [{"best": 2, "logits": chunk} | loaded | everyone]
+        return _head(op, limits, chunk)
     return []
+
+
+def head_parts(op: dev.HeadOp, limits: Limits, chunk: int) -> list[tuple[int, int]]:
+    """First word and words of the parts in which a chunk of logits is computed.
+
+    All at once where they fit, but for the last twelfth: while it is computed, the vector unit looks for the largest of
+    the others, and only its own are left when the last weight has come.
+    """
+    last = -(-chunk // 12 // limits.column_block) * limits.column_block
+    if chunk < op.words or not limits.chains or chunk < 2 * last or last % limits.align:
+        return [(0, chunk)]
+    first = (chunk - last) // limits.column_block * limits.column_block
+    return [(0, first), (first, chunk - first)]
+
+
+def _head(op: dev.HeadOp, limits: Limits, chunk: int) -> list[dict[str, int]]:
+    """The best logit and its index of each part, and the parts' logits and what is loaded for them."""
+    everyone = {"all": limits.devices * limits.align} if limits.devices > 1 else {}
+    piece, parts = op.pieces[0], head_parts(op, limits, chunk)
+    groups = []
+    for part, (_, words) in enumerate(parts):
+        loaded = {f"{n}{part}": words for n, symbol in (("scale", piece.scale), ("bias", piece.bias)) if symbol}
+        groups.append({f"logits{part}": words} | loaded)
+    groups[0] = {"best": 2 * len(parts)} | groups[0] | everyone
+    return groups
 
 
 def _attention(op: dev.AttentionOp | AttendOp, limits: Limits) -> list[dict[str, int]]:

@@ -7,6 +7,7 @@ from xdsl.dialects.builtin import FloatAttr, StringAttr
 from typebar.compiler import device_ir as dev
 from typebar.compiler.emit.builder import R, reg
 from typebar.compiler.emit.vectors import Emission
+from typebar.compiler.scratch import head_parts
 from typebar.isa.instructions import FORMAT_BYTES, Format, Function, Region, Scale, Source
 from typebar.isa.layout import packed_layout
 from typebar.isa.machine import LINE_BYTES
@@ -25,13 +26,21 @@ def emit_head(e: Emission, op: dev.HeadOp, finished: str) -> None:
     build, chunk = e.build, _chunk(op)
     s = e.scratch(op, chunk)
     _first_candidate(e, op)
-    build.constant(R.CHUNK, 0)
+    parts = list(enumerate(head_parts(op, e.limits, chunk)))
     if chunk >= op.words:
-        _chunk_body(e, op, chunk, s)
+        for part, (start, words) in parts:
+            build.constant(R.CHUNK, start)
+            _logits(e, op, words, s, part)
+            _best_of_part(e, op, s, part)
+        for part, _ in parts:
+            _take_if_better(e, s["best"] + 2 * part)
     else:
+        build.constant(R.CHUNK, 0)
         loop = build.fresh("logits")
         build.label(loop)
-        _chunk_body(e, op, chunk, s)
+        _logits(e, op, chunk, s, 0)
+        _best_of_part(e, op, s, 0)
+        _take_if_better(e, s["best"])
         build.increase(R.CHUNK, chunk)
         build.branch("blt", loop, reg(R.CHUNK), build.any_size(op.words, R.T0))
     if e.limits.devices > 1:
@@ -64,10 +73,10 @@ def _signed(bits: int) -> int:
     return bits - (bits >> 31 << 32)
 
 
-def _chunk_body(e: Emission, op: dev.HeadOp, chunk: int, s: dict[str, int]) -> None:
-    """Logits from word CHUNK on, and the better of their argmax and the best so far."""
+def _logits(e: Emission, op: dev.HeadOp, chunk: int, s: dict[str, int], part: int) -> None:
+    """Logits from word CHUNK on, at most `chunk`; T2 is their number."""
     build, element = e.build, FORMAT_BYTES[e.format_of(op)]
-    k, words = int(op.k.value.data), op.words
+    k, words, logits = int(op.k.value.data), op.words, s[f"logits{part}"]
     place = e.memory.places[op]
     build.add("ssub", rd=int(R.T2), a=build.any_size(words, R.T0), b=reg(R.CHUNK))
     build.add("smin", rd=int(R.T2), a=reg(R.T2), b=build.any_size(chunk, R.T0))
@@ -79,35 +88,39 @@ def _chunk_body(e: Emission, op: dev.HeadOp, chunk: int, s: dict[str, int]) -> N
         build.add("smul", rd=int(R.T1), a=reg(R.T1), b=block_lines)
         build.add("sadd", rd=int(R.T1), a=reg(R.T1), b=line)
         line = reg(R.T1)
-    extra = _column_values(e, op, s)
+    extra = _column_values(e, op, s, part)
     build.note("logits")
     build.add(
-        "matmul", format=int(e.format_of(op)), region=int(Region.WEIGHTS), dst=s["logits"], src=e.address(op.x),
+        "matmul", format=int(e.format_of(op)), region=int(Region.WEIGHTS), dst=logits, src=e.address(op.x),
         k=k, n=reg(R.T2), line=line, outer=1, inner=1, **extra,
     )  # fmt: skip
     for step in op.steps or ():
         if isinstance(step, StringAttr):
-            build.add("vunary", function=int(Function[step.data.upper()]), dst=s["logits"], a=s["logits"], n=reg(R.T2))
+            build.add("vunary", function=int(Function[step.data.upper()]), dst=logits, a=logits, n=reg(R.T2))
         elif isinstance(step, FloatAttr):
-            build.add("vmul", dst=s["logits"], a=s["logits"], n=reg(R.T2), b_from=int(Source.IMMEDIATE),
+            build.add("vmul", dst=logits, a=logits, n=reg(R.T2), b_from=int(Source.IMMEDIATE),
                       imm=float_bits(step.value.data))  # fmt: skip
     skip = build.fresh("unread")
     build.add("sand", rd=int(R.T1), a=reg(R.FLAGS), b=STORE_LOGITS)
     build.branch("beq", skip, reg(R.T1), 0)
     build.add("sshl", rd=int(R.T1), a=reg(R.CHUNK), b=2)
-    build.add("store", format=int(Format.FP32), region=_IO, a=s["logits"], line=e.memory.io.logits_line, byte=reg(R.T1),
+    build.add("store", format=int(Format.FP32), region=_IO, a=logits, line=e.memory.io.logits_line, byte=reg(R.T1),
               outer=1, inner=reg(R.T2), inner_bytes=4)  # fmt: skip
     build.label(skip)
+
+
+def _best_of_part(e: Emission, op: dev.HeadOp, s: dict[str, int], part: int) -> None:
+    """The largest of T2 logits from word CHUNK on, those of the vocabulary, and its index."""
+    build = e.build
     build.add("ssub", rd=int(R.T1), a=reg(R.VALID), b=reg(R.CHUNK))
     build.add("smin", rd=int(R.T1), a=reg(R.T1), b=reg(R.T2))
     build.add("smax", rd=int(R.T1), a=reg(R.T1), b=0)
-    build.add("smul", rd=int(R.T2), a=reg(R.RANK), b=build.any_size(words, R.T0))
+    build.add("smul", rd=int(R.T2), a=reg(R.RANK), b=build.any_size(op.words, R.T0))
     build.add("sadd", rd=int(R.T2), a=reg(R.T2), b=reg(R.CHUNK))
-    build.add("vargmax", dst=s["best"], a=s["logits"], n=reg(R.T1), base=reg(R.T2))
-    _take_if_better(e, s["best"])
+    build.add("vargmax", dst=s["best"] + 2 * part, a=s[f"logits{part}"], n=reg(R.T1), base=reg(R.T2))
 
 
-def _column_values(e: Emission, op: dev.HeadOp, s: dict[str, int]) -> dict[str, int]:
+def _column_values(e: Emission, op: dev.HeadOp, s: dict[str, int], part: int) -> dict[str, int]:
     """Load the chunk's scales and biases; what the product does with them."""
     build, options = e.build, dict[str, int]()
     for name, option in (("scale", {"scaling": int(Scale.COLUMN)}), ("bias", {"add_bias": 1})):
@@ -115,9 +128,9 @@ def _column_values(e: Emission, op: dev.HeadOp, s: dict[str, int]) -> dict[str, 
         if place is None:
             continue
         build.add("sshl", rd=int(R.BYTE), a=reg(R.CHUNK), b=2)
-        build.add("load", format=int(Format.FP32), region=int(place.region), dst=s[name], byte=reg(R.BYTE), n=reg(R.T2),
-                  line=build.line(place.line, R.ZERO))  # fmt: skip
-        options |= option | {name: s[name]}
+        build.add("load", format=int(Format.FP32), region=int(place.region), dst=s[f"{name}{part}"], byte=reg(R.BYTE),
+                  n=reg(R.T2), line=build.line(place.line, R.ZERO))  # fmt: skip
+        options |= option | {name: s[f"{name}{part}"]}
     return options
 
 
