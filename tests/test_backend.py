@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import typebar
 from typebar.compiler.driver import Compiled, build, weights_format, write
@@ -128,6 +129,43 @@ def test_barriers_change_time_and_no_bit(devices: int, tmp_path: Path) -> None:
     assert np.array_equal(logits, logits_on(source, tmp_path, "tiny", devices, tokens))
     together = build(source, Machine.load("tiny"), devices, Format.FP16)
     assert timing(made, 3, 3).total_cycles > timing(together, 3, 3).total_cycles
+
+
+def grouped_model() -> LlamaForCausalLM:
+    """Root-mean-square norms, rotary positions and three query heads to a K/V head."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=48, num_attention_heads=6, num_key_value_heads=2, intermediate_size=64, num_hidden_layers=2,
+        vocab_size=70, max_position_embeddings=40, initializer_range=0.2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half().float()
+    return model
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize(
+    "model",
+    [lambda: random_model(**ODD_SHAPES["plain"]), lambda: random_model(**ODD_SHAPES["several attention blocks"]),
+     grouped_model],
+    ids=["plain", "several blocks", "grouped"],
+)  # fmt: skip
+def test_chains_change_time_and_no_bit(model: Callable[[], torch.nn.Module], devices: int, tmp_path: Path) -> None:
+    source, results, cycles = load_model(model()), [], []
+    tokens = np.random.default_rng(2).integers(0, 41, 30).tolist()
+    for flag in ("false", "true"):
+        made = build(source, Machine.load("tiny").override({"vector.chains": flag}), devices, Format.FP16)
+        assert any(op.kind.name == "vchain" for op in made.program.ops) == (flag == "true")
+        path = tmp_path / f"{flag}.safetensors"
+        write(made, path)
+        with typebar.load(path, device=["sim"]) as text_model:
+            generated = text_model.generate(input_ids=tokens[:9], max_new_tokens=8)
+            results.append((text_model.logits(tokens), generated.tokens))
+        cycles.append(timing(made, 1, 6).total_cycles)
+    assert np.array_equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+    assert cycles[1] < cycles[0]
 
 
 @pytest.mark.parametrize("shape", ODD_SHAPES.values(), ids=ODD_SHAPES.keys())
