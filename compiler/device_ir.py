@@ -56,6 +56,7 @@ __all__ = [
     "CopyOp",
     "GatherOp",
     "HeadOp",
+    "LastOp",
     "LayerNormOp",
     "LookupOp",
     "MatrixOp",
@@ -382,6 +383,22 @@ class MulOp(_Pair):
 
 
 @irdl_op_definition
+class LastOp(Sized):
+    """On the last device x, plus the bias if there is one; zeros on all others.
+
+    As the bias of a product by rows it is the last device's addend to the sum of all.
+    """
+
+    name = "tbd.last"
+    x = operand_def(TensorType)
+    bias = opt_operand_def(TensorType)
+
+    def __init__(self, x: SSAValue, bias: SSAValue | None, size: int) -> None:
+        """Make the operation from plain values."""
+        super().__init__(operands=[x, bias], result_types=[vector(size)], properties={"size": number(size)})
+
+
+@irdl_op_definition
 class ScaleOp(Sized):
     """x * value."""
 
@@ -443,6 +460,7 @@ TBD = Dialect(
         CopyOp,
         GatherOp,
         HeadOp,
+        LastOp,
         LayerNormOp,
         LookupOp,
         MatrixOp,

@@ -34,6 +34,7 @@ _EMITTERS: dict[type[Operation], Callable[[RowsEmission, Any], None]] = {
     dev.BiasOp: emit_load,
     dev.CopyOp: rows.emit_copy,
     dev.GatherOp: rows.emit_gather,
+    dev.LastOp: rows.emit_last,
     dev.LayerNormOp: rows.emit_layer_norm,
     dev.LookupOp: rows.emit_lookup,
     dev.MatrixOp: rows.emit_matrix,

@@ -13,7 +13,7 @@ from xdsl.ir import BlockArgument, Operation, SSAValue
 from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
 from typebar.compiler.emit.builder import R, reg
-from typebar.compiler.emit.vectors import Emission, add_line, epilogue, immediate
+from typebar.compiler.emit.vectors import Emission, add_line, begin_last, epilogue, immediate
 from typebar.compiler.rows import Layout, place_of, ranked, scratch_at, shared
 from typebar.isa.instructions import FORMAT_BYTES, Format, Function, Region, Source
 from typebar.isa.machine import LINE_BYTES
@@ -169,15 +169,35 @@ def _words(op: dev.ScoreBiasOp) -> int:
 
 # Products and the ring ------------------------------------------------------------------------------------
 def emit_matrix(e: RowsEmission, op: dev.MatrixOp) -> None:
-    """One matrix instruction for all tokens of the group."""
+    """One matrix instruction for all tokens of the group, and one that adds what each token has of its own."""
     place = e.memory.places[op]
     line = e.build.line(place.line, e.base_of(place))
-    apart = 0 if shared(op.x) else e.layout.stride(op.x)
+    apart, options = 0 if shared(op.x) else e.layout.stride(op.x), epilogue(e, op)
+    own = None if op.bias is None or shared(op.bias) else op.bias
+    if own is not None:
+        options = {name: value for name, value in options.items() if name not in ("add_bias", "bias")}
     e.build.add(
         "matmul", format=int(e.format_of(op)), region=int(Region.WEIGHTS), dst=e.address(op.out), src=e.address(op.x),
         k=int(op.k.value.data), n=op.words, line=line, outer=1, inner=reg(e.held), src_inner=apart,
-        dst_inner=e.layout.stride(op.out), **epilogue(e, op),
+        dst_inner=e.layout.stride(op.out), **options,
     )  # fmt: skip
+    if own is not None:
+        n = e.times_rows(e.layout.stride(op.out))
+        e.build.add("vadd", dst=e.address(op.out), a=e.address(op.out), b=e.address(own), n=n)
+
+
+def emit_last(e: RowsEmission, op: dev.LastOp) -> None:
+    """All rows, at once where no bias is shared."""
+    build, stride = e.build, e.layout.stride(op.out)
+    done = begin_last(e, e.address(op.out), e.times_rows(stride))
+    if op.bias is None and not shared(op.x):
+        build.add("vmov", dst=e.address(op.out), b=e.address(op.x), n=e.times_rows(stride))
+    for row in range(e.most) if op.bias is not None or shared(op.x) else ():
+        if op.bias is None:
+            build.add("vmov", dst=e.row(op.out, row), b=e.row(op.x, row), n=op.count)
+        else:
+            build.add("vadd", dst=e.row(op.out, row), a=e.row(op.x, row), b=e.address(op.bias), n=op.count)
+    build.label(done)
 
 
 def emit_gather(e: RowsEmission, op: dev.GatherOp) -> None:

@@ -173,6 +173,27 @@ def emit_sum(e: Emission, op: dev.SumOp) -> None:
         e.build.add("vadd", dst=y, a=x if part == 1 else y, b=x + part * n, n=n)
 
 
+def emit_last(e: Emission, op: dev.LastOp) -> None:
+    """One vector instruction on every device."""
+    build, y, x = e.build, op.address, e.address(op.x)
+    done = begin_last(e, y, op.count)
+    if op.bias is None:
+        build.add("vmov", dst=y, b=x, n=op.count)
+    else:
+        build.add("vadd", dst=y, a=x, b=e.address(op.bias), n=op.count)
+    build.label(done)
+
+
+def begin_last(e: Emission, dst: int, n: Operand | int) -> str:
+    """Zeros on all devices but the last, which goes on with the next instruction, others at the label returned."""
+    build, mine, done = e.build, e.build.fresh("last_device"), e.build.fresh("others")
+    build.branch("bge", mine, reg(R.RANK), e.limits.devices - 1)
+    build.add("vmov", b_from=int(Source.IMMEDIATE), dst=dst, n=n)
+    build.branch("beq", done, 0, 0)
+    build.label(mine)
+    return done
+
+
 def immediate(value: float) -> dict[str, int]:
     """A constant as a vector instruction's second operand."""
     return {"b_from": int(Source.IMMEDIATE), "imm": float_bits(value)}

@@ -1,10 +1,10 @@
 """fuse: a product's bias and activation move into the matrix unit's epilogue; loads move to the start of their block.
 
-Fusing never changes bits: each epilogue step equals the vector unit's operation. Where a product goes by rows, the
-order of additions is free but for the parts': what is added to their sum and its bias, a residual, takes up the bias
-before the product, so that one addition less waits for the ring. Hoisted loads overlap with the products before their
-use, at the price of registers, which attention needs for itself: what is used after it is loaded after it.
-`hoist=false` leaves each load where it is needed.
+Fusing never changes bits: each epilogue step equals the vector unit's operation. Where a product goes by rows, a bias
+and a residual that the sum of the parts would meet are added by the last device to its part, in the epilogue, so that
+two additions fewer wait for the ring. Hoisted loads overlap with the products before their use, at the price of
+registers, which attention needs for itself: what is used after it is loaded after it. `hoist=false` leaves each load
+where it is needed.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ class FusePass(ModulePass):
         for item in list(op.walk()):
             if isinstance(item, dev.MatrixOp):
                 _fuse_epilogue(item)
-            elif isinstance(item, dev.AddOp):
-                _add_bias_early(item)
+        for item in list(op.walk()):
+            if isinstance(item, dev.AddOp) and item.parent is not None:
+                _add_to_last(item)
         for item in list(op.walk()):
             if isinstance(item, dev.ProgramOp | ir.RepeatOp):
                 _place_loads(item.body.block, self.hoist)
@@ -61,31 +62,43 @@ def _fuse_epilogue(matrix: dev.MatrixOp) -> None:
         _rebuilt(matrix, matrix.bias, user.kind.data, user)
 
 
-def _add_bias_early(residual: dev.AddOp) -> None:
-    """x + (sum + bias) becomes sum + (x + bias), with the latter before the product if x is there by then."""
+def _add_to_last(residual: dev.AddOp) -> None:
+    """x + (sum + bias), or x + sum, becomes the sum alone: the last device's part has x and the bias in it."""
     for x, inner in ((residual.lhs, residual.rhs), (residual.rhs, residual.lhs)):
-        biased = inner.owner
-        if not isinstance(biased, dev.AddOp) or _only_user(inner) is not residual:
+        biased, bias = inner.owner, None
+        if isinstance(biased, dev.AddOp) and isinstance(biased.rhs.owner, dev.BiasOp):
+            bias, inner = biased.rhs.owner, biased.lhs
+        total = inner.owner
+        if not isinstance(total, dev.SumOp) or not isinstance(total.x.owner, dev.GatherOp):
             continue
-        total, bias = biased.lhs.owner, biased.rhs.owner
-        if not isinstance(total, dev.SumOp) or not isinstance(bias, dev.BiasOp):
+        product = total.x.owner.x.owner
+        if not isinstance(product, dev.MatrixOp) or ir.width(total.out) != residual.count:
             continue
-        product = total.x.owner.x.owner if isinstance(total.x.owner, dev.GatherOp) else None
-        if not isinstance(product, dev.MatrixOp) or not _there_before(x, product):
+        if _only_user(total.out) is not (residual if bias is None else biased) or not _there_before(x, product):
             continue
-        early = dev.AddOp(x, bias.out, residual.count)
-        late = dev.AddOp(total.out, early.out, residual.count)
-        late.attributes.update(residual.attributes)
-        late.out.name_hint = residual.out.name_hint
+        if bias is not None and _only_user(biased.results[0]) is not residual:
+            continue
+        last = dev.LastOp(x, None if bias is None else bias.out, residual.count)
         block = product.parent_block()
         assert block is not None
-        block.insert_op_before(early, product)
-        _move_before(bias, early)
-        block.insert_op_before(late, residual)
-        residual.out.replace_all_uses_with(late.out)
+        block.insert_op_before(last, _early(x, product))
+        if bias is not None:
+            _move_before(bias, last)
+        residual.out.replace_all_uses_with(total.out)
+        total.out.name_hint = residual.out.name_hint
         Rewriter.erase_op(residual)
-        Rewriter.erase_op(biased)
+        if bias is not None:
+            Rewriter.erase_op(biased)
+        _replaced(product, last.out, None)
         return
+
+
+def _early(value: SSAValue, product: Operation) -> Operation:
+    """Where a vector instruction delays none: before the product before, or before this one if that is too early."""
+    op = product.prev_op
+    while op is not None and not isinstance(op, dev.MatrixOp):
+        op = op.prev_op
+    return op if op is not None and _there_before(value, op) else product
 
 
 def _there_before(value: SSAValue, op: Operation) -> bool:
@@ -104,16 +117,21 @@ def _move_before(op: Operation, place: Operation) -> None:
 def _rebuilt(
     matrix: dev.MatrixOp, bias: SSAValue | None, activation: str | None, user: dev.AddOp | dev.ActivationOp
 ) -> dev.MatrixOp:
+    """The product with a bias and an activation that takes its user's place."""
+    made = _replaced(matrix, bias, activation)
+    made.out.name_hint = user.out.name_hint or made.out.name_hint
+    user.out.replace_all_uses_with(made.out)
+    Rewriter.erase_op(user)
+    return made
+
+
+def _replaced(matrix: dev.MatrixOp, bias: SSAValue | None, activation: str | None) -> dev.MatrixOp:
+    """The product with a bias and an activation, in its own place."""
     k, unit, pad = (int(a.value.data) for a in (matrix.k, matrix.row_unit, matrix.row_pad))
     made = dev.MatrixOp(matrix.x, matrix.pieces, k, unit, pad, matrix.scale, bias, activation, bool(matrix.by_rows))
     made.attributes.update(matrix.attributes)
-    made.out.name_hint = user.out.name_hint or matrix.out.name_hint
-    block = matrix.parent_block()
-    assert block is not None
-    block.insert_op_before(made, matrix)
-    user.out.replace_all_uses_with(made.out)
-    Rewriter.erase_op(user)
-    Rewriter.erase_op(matrix)
+    made.out.name_hint = matrix.out.name_hint
+    Rewriter.replace_op(matrix, made)
     return made
 
 

@@ -70,7 +70,8 @@ def collect(ops: Iterable[Operation], words: Words, scratch: Scratch) -> list[Sl
             elif isinstance(op, PhaseOp):
                 visit(op.body.block.ops)
             for value in op.operands:
-                use(value, _seen_from(value, op, order))
+                # A product that follows is not to wait for the vector unit to have read what it writes over.
+                use(value, _seen_from(value, op, order) + isinstance(op, dev.LastOp))
             if not isinstance(op, ir.RepeatOp):
                 for value in op.results:
                     if value not in slots:
