@@ -84,6 +84,15 @@ def rows_of(op: dev.AttentionOp | AttendOp, limits: Limits) -> Rows:
     return Rows(rows, pieces, max(1, min(together, int(op.kv_heads.value.data))))
 
 
+_BLOCK_TURNS = 2
+"""Blocks of positions that have scratch vectors at a time."""
+
+
+def overlapping(op: dev.AttentionOp | AttendOp) -> bool:
+    """Whether blocks of positions overlap: not with a window or biases, whose places and masks depend on the block."""
+    return op.bias is None and (isinstance(op, AttendOp) or op.window is None)
+
+
 def _own_bias(op: dev.AttentionOp | AttendOp) -> bool:
     return op.planes is not None and op.planes.value.data > 1
 
@@ -145,6 +154,13 @@ def _head(op: dev.HeadOp, limits: Limits, chunk: int) -> list[dict[str, int]]:
 def _attention(op: dev.AttentionOp | AttendOp, limits: Limits) -> list[dict[str, int]]:
     taken = rows_of(op, limits)
     rows, context = taken.rows, positions_of(op, limits)
+    if context > limits.attention_block and overlapping(op):
+        turns = [
+            {f"scores{turn}": rows * limits.attention_block, f"maximum{turn}": rows} for turn in range(_BLOCK_TURNS)
+        ]
+        running = {f"{name}{turn}": rows for name in ("running", "correction") for turn in range(_BLOCK_TURNS)}
+        parts = {f"part{turn}": rows * int(op.pad.value.data) for turn in range(_BLOCK_TURNS)}
+        return [{"scale": 1}, *turns, {"running_sum": rows} | running, parts, {"sum": rows}]
     if context > limits.attention_block:
         running = {name: rows for name in ("running_maximum", "running_sum", "correction")}
         running["part"] = rows * int(op.pad.value.data)

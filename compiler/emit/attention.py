@@ -16,15 +16,16 @@ from __future__ import annotations
 
 from typebar.compiler import device_ir as dev
 from typebar.compiler.device_source import AttendOp
+from typebar.compiler.emit.attention_blocks import Blocks, emit_blocks
 from typebar.compiler.emit.builder import R, reg
 from typebar.compiler.emit.vectors import Emission
 from typebar.compiler.memory import CachePlace
-from typebar.compiler.scratch import Rows, positions_of, rows_of
+from typebar.compiler.scratch import Rows, overlapping, positions_of, rows_of
 from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import FORMAT_BYTES, Function, Patch, Region, Scale, Source
 from typebar.isa.layout import packed_layout
 from typebar.isa.machine import LINE_BYTES
-from typebar.isa.program import Operand, float_bits
+from typebar.isa.program import Operand, Value, float_bits
 
 _WORD, _IMMEDIATE = int(Source.WORD), int(Source.IMMEDIATE)
 _KV = int(Region.KV)
@@ -319,6 +320,9 @@ def _blocks(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, piece: i
     build, s, block = e.build, e.scratch(op), e.machine.attention_block
     element = FORMAT_BYTES[e.format]
     first, rows = piece * shape.taken.rows, shape.taken.of_piece(piece, shape.group)
+    if overlapping(op):
+        _overlapping(e, op, shape, first, rows)
+        return
     build.add("vmov", b_from=_IMMEDIATE, imm=float_bits(float("-inf")), dst=s["running_maximum"], n=rows)
     build.add("vmov", b_from=_IMMEDIATE, dst=s["running_sum"], n=rows)
     build.add("vmov", b_from=_IMMEDIATE, dst=_query(shape, shape.out, 0, first), n=(rows - 1) * shape.pad + shape.size)
@@ -357,6 +361,35 @@ def _blocks(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, piece: i
     for row in range(rows):
         out = _query(shape, shape.out, 0, first + row)
         build.add("vmul", b_from=_WORD, dst=out, a=out, b=s["running_sum"] + row, n=shape.size)
+
+
+def _overlapping(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, first: int, rows: int) -> None:
+    """The blocks of heads without a window or biases, one block's scores beside another's softmax."""
+    build, block, element = e.build, e.machine.attention_block, FORMAT_BYTES[e.format]
+    build.add("sadd", rd=int(R.CHUNK), a=reg(R.K_LINE), b=0)
+    build.add("sadd", rd=int(R.V_LINE), a=reg(R.K_LINE), b=build.any_size(e.memory.caches[op].v_offset, R.T0))
+    column, lane = (shape.patch(kind, 0, Operand()) for kind in (Patch.COLUMN, Patch.LANE))
+    both: dict[str, Value] = {"format": int(e.format), "region": _KV, "outer": 1}
+    scores = both | {"full": 1, "scaling": int(Scale.WORD), "row_max": 1, "k": shape.depth} | column
+    scores |= {"src": _query(shape, shape.q, 0, first)} | _score_options(e, shape, 0, first, rows)
+    values = both | {"n": shape.size} | lane | _value_rows(shape, rows, shape.pad)
+    emit_blocks(
+        e,
+        e.scratch(op),
+        Blocks(
+            {name: value for name, value in scores.items() if name != "patch_at"},
+            {name: value for name, value in values.items() if name != "patch_at"},
+            [_query(shape, shape.out, 0, first + row) for row in range(rows)],
+            shape.size,
+            shape.stride,
+            shape.pad,
+            block,
+            shape.length,
+            packed_layout(shape.depth, block, e.machine, element, True).bytes // LINE_BYTES,
+            packed_layout(block, shape.size, e.machine, element).bytes // LINE_BYTES,
+            not shape.stored,
+        ),
+    )
 
 
 def _one_block(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, first: int, rows: int) -> None:
