@@ -65,18 +65,19 @@ def _fuse_epilogue(matrix: dev.MatrixOp) -> None:
 def _add_to_last(residual: dev.AddOp) -> None:
     """x + (sum + bias), or x + sum, becomes the sum alone: the last device's part has x and the bias in it."""
     for x, inner in ((residual.lhs, residual.rhs), (residual.rhs, residual.lhs)):
-        biased, bias = inner.owner, None
-        if isinstance(biased, dev.AddOp) and isinstance(biased.rhs.owner, dev.BiasOp):
-            bias, inner = biased.rhs.owner, biased.lhs
+        biased: dev.AddOp | None = None
+        bias: dev.BiasOp | None = None
+        if isinstance(inner.owner, dev.AddOp) and isinstance(inner.owner.rhs.owner, dev.BiasOp):
+            biased, bias, inner = inner.owner, inner.owner.rhs.owner, inner.owner.lhs
         total = inner.owner
         if not isinstance(total, dev.SumOp) or not isinstance(total.x.owner, dev.GatherOp):
             continue
         product = total.x.owner.x.owner
         if not isinstance(product, dev.MatrixOp) or ir.width(total.out) != residual.count:
             continue
-        if _only_user(total.out) is not (residual if bias is None else biased) or not _there_before(x, product):
+        if _only_user(total.out) is not (biased or residual) or not _there_before(x, product):
             continue
-        if bias is not None and _only_user(biased.results[0]) is not residual:
+        if biased is not None and _only_user(biased.out) is not residual:
             continue
         last = dev.LastOp(x, None if bias is None else bias.out, residual.count)
         block = product.parent_block()
@@ -87,7 +88,7 @@ def _add_to_last(residual: dev.AddOp) -> None:
         residual.out.replace_all_uses_with(total.out)
         total.out.name_hint = residual.out.name_hint
         Rewriter.erase_op(residual)
-        if bias is not None:
+        if biased is not None:
             Rewriter.erase_op(biased)
         _replaced(product, last.out, None)
         return
