@@ -70,7 +70,7 @@ def back_passes(
     """The passes from a re-rolled step to an allocated program, as `build` runs them; `shape` is a parameter's."""
     return [
         PartitionPass(devices, machine.vector.align, machine.control.barriers, plan.replicate, plan.rows, shape),
-        FusePass(hoist),
+        FusePass(hoist, machine.vector.chains),
         PhasesPass(hoist),
         AllocatePass(
             machine.vector.words,

@@ -3,8 +3,8 @@
 Fusing never changes bits: each epilogue step equals the vector unit's operation. Where a product goes by rows, a bias
 and a residual that the sum of the parts would meet are added by the last device to its part, in the epilogue, so that
 two additions fewer wait for the ring. Hoisted loads overlap with the products before their use, at the price of
-registers, which attention needs for itself: what is used after it is loaded after it. `hoist=false` leaves each load
-where it is needed.
+registers, which attention with chains needs for itself: with `late` what is used after it is loaded after it.
+`hoist=false` leaves each load where it is needed.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class FusePass(ModulePass):
 
     name = "fuse"
     hoist: bool = True
+    late: bool = False
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         """Rewrite in place; never fails."""
@@ -42,7 +43,7 @@ class FusePass(ModulePass):
                 _add_to_last(item)
         for item in list(op.walk()):
             if isinstance(item, dev.ProgramOp | ir.RepeatOp):
-                _place_loads(item.body.block, self.hoist)
+                _place_loads(item.body.block, self.hoist, self.late)
 
 
 def _only_user(value: SSAValue) -> object:
@@ -136,16 +137,16 @@ def _replaced(matrix: dev.MatrixOp, bias: SSAValue | None, activation: str | Non
     return made
 
 
-def _place_loads(block: Block, hoist: bool) -> None:
+def _place_loads(block: Block, hoist: bool, late: bool) -> None:
     loads = [op for op in block.ops if isinstance(op, LOADS)]
     order = {op: place for place, op in enumerate(block.ops)}
-    barriers = [op for op in block.ops if isinstance(op, dev.AttentionOp | AttendOp)]
+    attentions = [op for op in block.ops if isinstance(op, dev.AttentionOp | AttendOp)]
     for load in reversed(loads) if hoist else loads:
         users = [block.find_ancestor_op_in_block(use.operation) for use in load.out.uses]
         user = min((op for op in users if op is not None), key=lambda op: order[op], default=load)
         first: Operation | None = user
         if hoist:
-            before = [op for op in barriers if order[op] < order[user]]
+            before = [op for op in attentions if late and order[op] < order[user]]
             first = before[-1].next_op if before else block.first_op
         assert first is not None
         if first is not load:
