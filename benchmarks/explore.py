@@ -20,7 +20,7 @@ from typebar.host.explore_plot import draw
 VARY = {
     "matrix.columns": [8, 16, 32],
     "matrix.fifo_port_bytes": [2048, 4096],
-    "vector.lanes": [8, 16],
+    "vector.lanes": [16, 32],
     "control.queue_depth": [16, 32],
 }
 
