@@ -197,7 +197,7 @@ def test_an_unknown_first_token_is_one_line(tmp_path: Path) -> None:
 
 def test_the_program_is_independent_of_lengths_and_round_trips() -> None:
     short, long = (build(model(Shape(source=n, context=c)), TINY, 2, Format.FP16) for n, c in ((20, 10), (60, 40)))
-    assert len(short.program) == len(long.program) < 1200
+    assert len(short.program) == len(long.program) < 1400
     assert assemble(disassemble(long.program)) == long.program
 
 

@@ -9,9 +9,13 @@ import pytest
 from families import FAMILIES, VOCAB, Family, random_model
 from numpy.typing import NDArray
 
-from typebar.compiler import driver
+from typebar.compiler import device_ir, driver
 from typebar.compiler.emit.head import DESCRIPTOR_WORDS
 from typebar.compiler.frontend import load_model
+from typebar.compiler.memory import program_of
+from typebar.compiler.rows import Layout, needed, tokens_of
+from typebar.compiler.schedule import Turns, schedule
+from typebar.compiler.scratch import Limits
 from typebar.host.driver import DeviceEngine
 from typebar.host.simulator import SimulatedDevice
 from typebar.isa.image import Image
@@ -108,6 +112,39 @@ def test_weights_are_read_once_for_each_group(devices: int) -> None:
     assert 0 < layers < one
     for count in range(1, 3 * rows * accounts["prompt_groups"] + 1):
         assert fetched(count) == one + (-(-count // rows) - 1) * layers, count
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_groups_go_through_a_layer_apart_and_in_order(devices: int) -> None:
+    """Each does each operation once a turn; the second sees the first one's K and V, and finishes after the loop."""
+    model = load_model(random_model(FAMILIES[0]), {"context": CONTEXT})
+    module, machine = model.module.clone(), TINY
+    for step in driver.back_passes(machine, devices, shape=model.weights.shape):
+        step.apply(device_ir.context(), module)
+    program = program_of(module)
+    tokens = tokens_of(program)
+    assert tokens is not None and tokens.groups == 2 and program.rows_step is not None
+    limits = Limits(
+        machine.vector.words, machine.vector.align, program.rows_step.value.data, machine.attention_block,
+        machine.column_block, CONTEXT, devices, machine.matrix.vectors, machine.peak_macs, machine.vector.lanes,
+        machine.ring.buffer_words,
+    )  # fmt: skip
+    turns = [item for item in schedule(needed(program), Layout.of(program, limits, tokens)) if isinstance(item, Turns)]
+    assert len(turns) == 1
+    (turn,) = turns
+    body = [op for op in turn.loop.body.block.ops if op.results]
+    places = {(part.op, part.group): number for number, part in enumerate(turn.turn)}
+    assert len(places) == len(turn.turn) and {op for op, _ in places} == set(body)
+    late = {part.op for part in turn.turn if part.late}
+    assert late and [part.op for part in turn.rest] == [part.op for part in turn.turn if part.late]
+    for op in body:
+        if (op, 1) not in places:
+            continue
+        assert op in late or places[op, 1] > places[op, 0]
+        makers = [value.owner for value in op.operands if (value.owner, 1) in places]
+        for maker in makers:
+            assert (places[maker, 1] < places[op, 1]) == ((maker in late) == (op in late))
+            assert places[maker, 0] < places[op, 0]
 
 
 def test_machines_without_rows_or_room_go_token_by_token() -> None:

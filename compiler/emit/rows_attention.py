@@ -9,6 +9,8 @@ Biases of each token's own are added by the vector unit, for those of a matrix i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from xdsl.ir import SSAValue
 
 from typebar.compiler import device_ir as dev
@@ -200,22 +202,25 @@ def _bias(e: RowsEmission, shape: _Shape, bias: SSAValue, token: int, head: int,
     return reg(R.T0 if len(parts) > 1 else parts[0] if parts else R.ZERO, address)
 
 
-def _weights(e: RowsEmission, shape: _Shape, rows: int, slot: int) -> None:
-    """exp(score - maximum) in place of scores; their sums over the whole block, zeros where it was skipped."""
+def _weights(e: RowsEmission, shape: _Shape, rows: int, slots: Sequence[int]) -> None:
+    """exp(score - maximum) in place of scores; their sums over the whole block, zeros where it was skipped.
+
+    Heads take turns, for a row waits for the one before in the same hazard segment.
+    """
     build, s, length = e.build, shape.scratch, _length(shape)
-    scores = [s[f"scores{slot}"] + row * shape.stride for row in range(rows)]
+    scores = [(slot, row, s[f"scores{slot}"] + row * shape.stride) for row in range(rows) for slot in slots]
     total = length
     if shape.window is not None:
-        for address in scores:
+        for _, _, address in scores:
             build.add("vmov", b_from=_IMMEDIATE, dst=address, n=reg(R.SKIP))
         build.add("sadd", rd=int(R.T0), a=length, b=reg(R.SKIP))
         total = reg(R.T0)
-    for row, address in enumerate(scores):
+    for slot, row, address in scores:
         seen = _seen(shape, address)
         build.add("vsub", b_from=_WORD, dst=seen, a=seen, b=s[f"maximum{slot}"] + row, n=length)
-    for address in scores:
+    for _, _, address in scores:
         build.add("vunary", function=int(Function.EXP), dst=_seen(shape, address), a=_seen(shape, address), n=length)
-    for row, address in enumerate(scores):
+    for slot, row, address in scores:
         build.add("vsum", dst=s[f"sum{slot}"] + row, a=address, n=total)
 
 
@@ -247,8 +252,8 @@ def _single_block(e: RowsEmission, shape: _Shape, first: int, count: int) -> Non
             build.add("sadd", rd=int(R.T1), a=line, b=reg(R.CHUNK))
             line = reg(R.T1)
         _scores(e, shape, head, first, head, line)
+    _weights(e, shape, rows, range(count))
     for head in range(count):
-        _weights(e, shape, rows, head)
         sums = shape.scratch[f"sum{head}"]
         build.add("vunary", function=int(Function.RECIP), dst=sums, a=sums, n=rows)
         line = build.line(head * shape.cache.head_stride + shape.cache.v_offset, R.K_LINE, R.T2)
@@ -310,7 +315,7 @@ def _one_block(e: RowsEmission, shape: _Shape, first: int) -> None:
     maximum, running, correction = s["maximum0"], s["running_maximum"], s["correction"]
     _scores(e, shape, 0, first, 0, k_line)
     build.add("vmax", dst=maximum, a=maximum, b=running, n=rows)
-    _weights(e, shape, rows, 0)
+    _weights(e, shape, rows, (0,))
     build.add("vsub", dst=correction, a=running, b=maximum, n=rows)
     build.add("vunary", function=int(Function.EXP), dst=correction, a=correction, n=rows)
     build.add("vmov", dst=running, b=maximum, n=rows)
