@@ -57,7 +57,7 @@ MACHINES: dict[str, dict[str, str]] = {
         "matrix.accumulate_latency": "2",
         "matrix.epilogue_latency": "10",
     },
-    # FIFO rows of several steps, wider than the port; float32 tiles wider still; only int8 folds, as on u280 with two rows.
+    # FIFO rows of several steps, wider than the port; float32 tiles wider still; only int8 folds, as on u280.
     "wide-row": {"hbm.channels": "8", "matrix.fifo_port_bytes": "64", "matrix.vectors": "5"},
     # A register row of two chunks and of half a column block.
     "wide-words": {
