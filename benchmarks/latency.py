@@ -1,7 +1,8 @@
 """u280's decode and prefill times beside what its memory allows, the project's targets and DFX's figures.
 
 Timing simulator on compiled programs, shapes without weights; 64 tokens in, 64 out, as DFX reports (section 6). `limit`
-is the time of a token's bytes at the memory's peak, `bytes` at what the machine declares (its fetch slots alone).
+is the time of a token's bytes at the memory's peak, `bytes` at what the machine declares (its fetch slots alone). With
+split `exact` bits are equal on any number of devices; `fastest` may add partial sums in the order of the devices.
 
     python benchmarks/latency.py [--new-tokens N] [--json]
 """
@@ -29,6 +30,7 @@ class Case:
     devices: int
     weights: str = "fp16"
     hop: int = 100
+    split: str = "exact"
     target: float | None = None
     dfx: float | None = None
 
@@ -38,9 +40,12 @@ CASES = (
     Case("dfx-345m", 1, target=1.90, dfx=5.371),
     Case("dfx-345m", 4, target=0.52, dfx=2.409),
     Case("gpt2-xl", 4),
+    Case("gpt2-xl", 4, split="fastest"),
     Case("dfx-1.5b", 4, hop=200),
     Case("dfx-1.5b", 4, hop=400, target=1.98),
+    Case("dfx-1.5b", 4, hop=400, split="fastest", target=1.98),
     Case("dfx-1.5b", 4, weights="int8", target=1.05),
+    Case("dfx-1.5b", 4, weights="int8", split="fastest", target=1.05),
 )
 
 
@@ -59,8 +64,9 @@ class Figures:
 def measure(case: Case, new: int) -> Figures:
     machine = Machine.load("u280").override({"ring.hop_latency": str(case.hop)})
     run = typebar.simulate(
-        case.shape, machine=machine, devices=case.devices, weights=case.weights, prompt_tokens=PROMPT, new_tokens=new
-    )
+        case.shape, machine=machine, devices=case.devices, weights=case.weights, split=case.split,
+        prompt_tokens=PROMPT, new_tokens=new,
+    )  # fmt: skip
     slots = machine.hbm.rows_per_write_slot
     token, limit = run.decode["ms_per_token"], run.decode["limit_ms_per_token"]
     return Figures(case, token, limit, limit * (slots + 1) / slots, run.prefill["ms"], 1000 * new / run.total_ms)
@@ -75,19 +81,19 @@ def main() -> None:
     for case in CASES:
         results.append(measure(case, args.new_tokens))
         if not args.json:
-            Console(stderr=True).print(f"{case.shape} x {case.devices} {case.weights} done", style="dim")
+            Console(stderr=True).print(f"{case.shape} x {case.devices} {case.weights} {case.split} done", style="dim")
     if args.json:
         print(json.dumps([asdict(result) for result in results]))
         return
     table = Table(title=f"u280, {PROMPT} tokens in, {args.new_tokens} out")
-    for name in ("shape", "devices", "weights", "hop", "ms/token", "target", "DFX", "limit", "over it"):
-        table.add_column(name, justify="left" if name in ("shape", "weights") else "right")
+    for name in ("shape", "devices", "weights", "split", "hop", "ms/token", "target", "DFX", "limit", "over it"):
+        table.add_column(name, justify="left" if name in ("shape", "weights", "split") else "right")
     for name in ("bytes", "over them", "first token", "tokens/s"):
         table.add_column(name, justify="right")
     for r in results:
         c = r.case
         table.add_row(
-            c.shape, str(c.devices), c.weights, f"{c.hop / 200:g} us", f"{r.ms_per_token:.4f}",
+            c.shape, str(c.devices), c.weights, c.split, f"{c.hop / 200:g} us", f"{r.ms_per_token:.4f}",
             "" if c.target is None else f"{c.target:.2f}", "" if c.dfx is None else f"{c.dfx:.3f}",
             f"{r.limit_ms:.4f}", f"{100 * (r.ms_per_token / r.limit_ms - 1):+.1f} %",
             f"{r.bytes_ms:.4f}", f"{100 * (r.ms_per_token / r.bytes_ms - 1):+.1f} %",
