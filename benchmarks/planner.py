@@ -1,6 +1,6 @@
 """The planner against the simulator: shapes x devices x phases x splits, plans worth simulating, the model's error.
 
-    python benchmarks/planner.py [--shapes gpt2,...] [--devices 1,2,...] [--set KEY=VALUE]... [--json FILE]
+    python benchmarks/planner.py [--shapes gpt2,...] [--devices 1,2,...] [--set KEY=VALUE]... [--json]
 
 For each point, with `--split exact` and `fastest`: the simulated cycles of a token, or to the first token, under the
 plan chosen by the analytical model; how far that is behind the best plan found; how much faster than columns alone; and
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
+import sys
+from functools import partial
+from itertools import product
 from typing import Any
 
 from typebar.compiler.driver import build
@@ -74,31 +76,30 @@ def main() -> None:
     parser.add_argument("--devices", default=",".join(map(str, DEVICES)))
     parser.add_argument("--machine", default="u280")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", action="store_true", help="print all of it as JSON, and the table on standard error")
     given = parser.parse_args()
     machine = Machine.load(given.machine).override(dict(item.split("=", 1) for item in given.set))
-    print(
+    table = partial(print, file=sys.stderr if given.json else sys.stdout, flush=True)
+    table(
         f"{'shape':15} {'ring':>4} {'phase':8} {'split':8} {'cycles':>9} {'behind':>7} {'gain':>6} {'error':>6}  plan"
     )
     points = []
     for shape in given.shapes.split(","):
         model = load_model(shape)
-        for devices in map(int, given.devices.split(",")):
-            for phase in PHASES:
-                for made in point(model, machine, devices, phase):
-                    points.append(made)
-                    print(
-                        f"{shape:15} {devices:4} {phase:8} {made['split']:8} {made['cycles']:9.0f} "
-                        f"{made['behind_best']:7.1%} {made['before_columns']:6.1%} {made['model_error']:+6.1%}  "
-                        f"{_short(made['chosen'])}",
-                        flush=True,
-                    )
+        for devices, phase in product(map(int, given.devices.split(",")), PHASES):
+            for made in point(model, machine, devices, phase):
+                points.append(made)
+                table(
+                    f"{shape:15} {devices:4} {phase:8} {made['split']:8} {made['cycles']:9.0f} "
+                    f"{made['behind_best']:7.1%} {made['before_columns']:6.1%} {made['model_error']:+6.1%}  "
+                    f"{_short(made['chosen'])}"
+                )
     behind, error = (max(abs(item[name]) for item in points) for name in ("behind_best", "model_error"))
     simulated = sum(len(item["plans"]) for item in points if item["split"] == FASTEST)
-    print(f"{len(points)} points, {simulated} plans simulated")
-    print(f"chosen plans are at most {behind:.1%} behind the best simulated; the model errs by at most {error:.2%}")
-    if given.json is not None:
-        given.json.write_text(json.dumps({"behind_best": behind, "model_error": error, "points": points}, indent=1))
+    table(f"{len(points)} points, {simulated} plans simulated")
+    table(f"chosen plans are at most {behind:.1%} behind the best simulated; the model errs by at most {error:.2%}")
+    if given.json:
+        print(json.dumps({"behind_best": behind, "model_error": error, "points": points}, indent=1))
 
 
 if __name__ == "__main__":

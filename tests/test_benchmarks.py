@@ -39,3 +39,10 @@ def test_dfx_is_reproduced_within_five_minutes() -> None:
     assert len(report["figures"]) == 30 and len(report["leave_one_out"]) == 5
     held_out = [row for row in report["figures"] if row["status"] == "held out"]
     assert len(held_out) == 4 and all(abs(row["error"]) <= 5 for row in held_out)
+
+
+def test_the_planner_chooses_what_the_simulator_finds_best() -> None:
+    report = figures("planner.py")
+    assert len(report["points"]) == 6 * 6 * 2 * 2
+    assert report["behind_best"] <= 0.03
+    assert report["model_error"] <= 0.1
