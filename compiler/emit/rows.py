@@ -284,10 +284,14 @@ def emit_layer_norm(e: RowsEmission, op: dev.LayerNormOp) -> None:
     for row, x in enumerate(norm.x):
         build.add("vsum", dst=norm.mean + row, a=x, n=n)
     build.add("vmul", dst=norm.mean, a=norm.mean, n=len(norm.x), **immediate(1.0 / n))
-    for row, (x, y) in enumerate(zip(norm.x, norm.y, strict=True)):
-        build.add("vsub", b_from=_WORD, dst=y, a=x, b=norm.mean + row, n=n)
-    for row, y in enumerate(norm.y):
-        build.add("vsumsq", dst=norm.variance + row, a=y, n=n)
+
+    def center(row: int) -> None:
+        build.add("vsub", b_from=_WORD, dst=norm.y[row], a=norm.x[row], b=norm.mean + row, n=n)
+
+    def square(row: int) -> None:
+        build.add("vsumsq", dst=norm.variance + row, a=norm.y[row], n=n)
+
+    build.each(range(len(norm.x)), center, square)
     _scale_rows(e, op, norm, norm.y)
     if op.bias is not None:
         for y in norm.y:
@@ -310,11 +314,15 @@ def _scale_rows(e: RowsEmission, op: dev.LayerNormOp | dev.RmsNormOp, norm: _Nor
     build.add("vmul", dst=variance, a=variance, n=rows, **immediate(1.0 / n))
     build.add("vadd", dst=variance, a=variance, n=rows, **immediate(op.eps.value.data))
     build.add("vunary", function=int(Function.RSQRT), dst=variance, a=variance, n=rows)
-    for row, (x, y) in enumerate(zip(xs, norm.y, strict=True)):
-        build.add("vmul", b_from=_WORD, dst=y, a=x, b=variance + row, n=n)
-    if op.weight is not None:
-        for y in norm.y:
-            build.add("vmul", dst=y, a=y, b=e.address(op.weight), n=n)
+
+    def scale(row: int) -> None:
+        build.add("vmul", b_from=_WORD, dst=norm.y[row], a=xs[row], b=variance + row, n=n)
+
+    def weigh(row: int) -> None:
+        if op.weight is not None:
+            build.add("vmul", dst=norm.y[row], a=norm.y[row], b=e.address(op.weight), n=n)
+
+    build.each(range(rows), scale, weigh)
 
 
 def emit_pair(e: RowsEmission, op: dev.AddOp | dev.MulOp) -> None:

@@ -215,13 +215,19 @@ def _weights(e: RowsEmission, shape: _Shape, rows: int, slots: Sequence[int]) ->
             build.add("vmov", b_from=_IMMEDIATE, dst=address, n=reg(R.SKIP))
         build.add("sadd", rd=int(R.T0), a=length, b=reg(R.SKIP))
         total = reg(R.T0)
-    for slot, row, address in scores:
-        seen = _seen(shape, address)
-        build.add("vsub", b_from=_WORD, dst=seen, a=seen, b=s[f"maximum{slot}"] + row, n=length)
-    for _, _, address in scores:
-        build.add("vunary", function=int(Function.EXP), dst=_seen(shape, address), a=_seen(shape, address), n=length)
-    for slot, row, address in scores:
-        build.add("vsum", dst=s[f"sum{slot}"] + row, a=address, n=total)
+
+    def subtract(item: tuple[int, int, int]) -> None:
+        seen = _seen(shape, item[2])
+        build.add("vsub", b_from=_WORD, dst=seen, a=seen, b=s[f"maximum{item[0]}"] + item[1], n=length)
+
+    def exponential(item: tuple[int, int, int]) -> None:
+        seen = _seen(shape, item[2])
+        build.add("vunary", function=int(Function.EXP), dst=seen, a=seen, n=length)
+
+    def add_up(item: tuple[int, int, int]) -> None:
+        build.add("vsum", dst=s[f"sum{item[0]}"] + item[1], a=item[2], n=total)
+
+    build.each(scores, subtract, exponential, add_up)
 
 
 def _values(

@@ -19,6 +19,8 @@ from typebar.compiler.passes.spread import spread
 from typebar.compiler.rows import MAX_GROUPS, PREFIXES, Layout, Tokens, crossing, needed, place_of, shared, split_tail
 from typebar.compiler.scratch import Limits
 
+MOST_ROWS = 8
+"""Tokens of a group, unless hiding fetches takes more: each costs instructions, and 16 bring 0.7 % (decision 32)."""
 _NEAR = (4000, 2000, 1000, 500, 1)
 """Cycles to try between uses of a hazard segment by different groups."""
 
@@ -60,9 +62,10 @@ def _candidates(limits: Limits, least: int, widest: int) -> Iterator[tuple[Token
     Groups that share no hazard segment overlap, and rows that the devices share evenly are normed once: both are worth
     more than size. A gather of the `widest` norm's rows must fit the ring.
     """
+    most = min(limits.vectors, max(MOST_ROWS, 2 * least))
     for groups in range(MAX_GROUPS, 0, -1):
         for step in dict.fromkeys((limits.step, limits.align)):
-            for rows in range(limits.vectors, max(2, least if groups > 1 else 0) - 1, -1):
+            for rows in range(most, max(2, least if groups > 1 else 0) - 1, -1):
                 if rows < limits.devices or (
                     rows % limits.devices == 0 and rows // limits.devices * widest <= limits.buffer
                 ):
