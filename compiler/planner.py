@@ -34,6 +34,8 @@ POSITION, PROMPT = 128, 64
 """Shorter models: as many as they have place for."""
 SIMULATED = 3
 """Plans that a simulator is asked about, best first."""
+_ALIKE = 1.001
+"""Plans at most so much slower than the fastest are taken to be as fast."""
 MOST = 300
 """Combinations to try at most; of more, only those that treat one matrix otherwise, or all that can be alike."""
 
@@ -86,6 +88,8 @@ def propose(
 ) -> list[Proposal]:
     """Plans by the cycles of a phase, fewest first; columns alone is always among them.
 
+    Of the fastest that differ by less than a thousandth, plans without rows come first, then those with fewer copies.
+
     Without `prune`, also plans that cannot be better than columns.
 
     Raises:
@@ -105,7 +109,10 @@ def propose(
         except TypebarError:  # there is no such form, or no room: columns have both
             continue
         found.append(Proposal(plan, _cost(made, phase).cycles))
-    return sorted(found, key=lambda item: item.cycles)
+    alike = _ALIKE * min(item.cycles for item in found)
+    return sorted(
+        found, key=lambda item: (max(item.cycles, alike), len(item.plan.rows), len(item.plan.replicate), item.cycles)
+    )
 
 
 def _check(phase: str, split: str) -> None:

@@ -150,7 +150,7 @@ def test_pruned_plans_are_no_better() -> None:
     everything = propose(shape("gpt2"), U280, 4, Format.FP16, prune=False)
     assert len(kept) < len(everything) == 16
     assert everything[0] == kept[0]
-    assert all(item.cycles >= kept[0].cycles for item in everything)
+    assert all(1.001 * item.cycles >= kept[0].cycles for item in everything)
 
 
 def test_all_splits_are_proposed_if_any_is_allowed() -> None:
