@@ -122,7 +122,7 @@ class _Author:
         if choice < 0.4:
             self.add("vwrite", dst=at, b=self.random.choice([self.scratch(), self.sink()]))
         elif choice < 0.5:
-            base, n = VALUE_BASE + self.random.choice([0, 8, 16]), self.random.randint(1, 24)
+            base, n = VALUE_BASE + self.machine.vector.align * self.random.choice([0, 1, 2]), self.random.randint(1, 24)
             self.add("vmov", b_from=2, imm=self.random.getrandbits(32), dst=base, n=n)
         elif choice < 0.75:
             self.add("vread", rd=self.random.choice([0, *_SINKS]), a=at)
