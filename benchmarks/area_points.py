@@ -21,7 +21,7 @@ from typebar.hw import area
 from typebar.hw.synthesis import synthesise, total
 from typebar.isa.machine import Machine
 
-_ROWS = "vector.words=131072 vector.align=16 vector.lanes=16 vector.ultra_copies=0"
+_ROWS = "matrix.rows=1 vector.words=131072 vector.align=16 vector.lanes=16 vector.ultra_copies=0"
 _U280 = f"u280 matrix.columns=32 matrix.fifo_port_bytes=4096 matrix.dot_latency=25 hbm.fifo_bytes=16777216 {_ROWS}"
 _WIDE_ROWS = "vector.words=262144 vector.align=32 vector.lanes=32 vector.ultra_copies=1"
 _NARROW = "tiny vector.lanes=2 matrix.vectors=2 matrix.rows="
