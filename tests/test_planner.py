@@ -67,7 +67,11 @@ def test_other_machines_are_modelled_too() -> None:
 
 
 def test_terms_are_the_simulators_counts() -> None:
-    """Rows of HBM to the byte, gathers and occupied cycles, layers passed over included; no pass beats any of them."""
+    """Rows of HBM to the byte, gathers and occupied cycles, layers passed over included; no pass beats any of them.
+
+    A gather that the other device began first is over sooner than one that both begin together, by less than a cycle
+    on average.
+    """
     made = build(shape("gpt2"), U280, 2, Format.FP16)
     cost = CostModel(made).token(64)
     longer, shorter = (measure(subject_from(made), 1, new, 63)[1] for new in (2, 1))
@@ -80,7 +84,8 @@ def test_terms_are_the_simulators_counts() -> None:
     assert cost.hbm * (period - 1) / period * U280.row_bytes == pytest.approx(fetched, rel=1e-9)
     causes = [run.causes[0] for run in (longer, shorter)]
     assert cost.vector == causes[0]["vector"]["compute"] - causes[1]["vector"]["compute"]
-    assert cost.ring == causes[0]["ring"]["transfer"] - causes[1]["ring"]["transfer"]
+    transfer, gathers = causes[0]["ring"]["transfer"] - causes[1]["ring"]["transfer"], 12 * 4 + 1
+    assert transfer <= cost.ring <= transfer + gathers
     assert cost.cycles > max(cost.hbm, cost.compute, cost.vector, cost.ring)
 
 
@@ -89,7 +94,7 @@ def test_a_single_product_takes_the_contracts_steps() -> None:
 
     Results leave 16 words a row, two rows a step; the bias of 512 columns is 32 rows, four with a chunk's operands.
     """
-    p = timing_parameters(U280)
+    p = timing_parameters(U280.override({"vector.lanes": "16", "vector.align": "16"}))
     assert (p.column_block, p.columns, p.vector_lanes, p.accumulate_latency) == (512, 32, 16, 4)
     load, plain = 64 // 16, (0,) * 32
     assert matmul_steps(p, plain, 1, 100, 512, 2) == load + 16 + 16 * 2
@@ -119,7 +124,7 @@ def test_copies_are_chosen_where_they_are_faster() -> None:
 
 
 def test_rows_are_chosen_only_where_they_are_allowed_and_faster() -> None:
-    machine = U280.override({"ring.hop_latency": "400"})
+    machine = U280.override({"ring.hop_latency": "1000"})
     plan, exact = (choose(shape("gpt2"), machine, 2, Format.FP16, split=split) for split in (FASTEST, EXACT))
     assert plan.rows == (PROJECTION, DOWN) and not plan.exact and exact.exact
     times = [pass_cycles(build(shape("gpt2"), machine, 2, Format.FP16, item)) for item in (plan, exact, COLUMNS)]

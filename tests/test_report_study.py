@@ -55,11 +55,16 @@ def weight_count() -> int:
 
 
 def test_the_parts_of_a_token_add_up_to_it(found: Study, subject: Subject) -> None:
-    """The last of three tokens: it takes what a generation one token longer takes longer."""
+    """The last of three tokens: it takes what a generation one token longer takes longer.
+
+    Passes are cut at the end of their last product; how long the search of the largest logit and the token's store
+    take after it differs by some cycles from token to token.
+    """
     longer, shorter = (measure(subject, PROMPT, new)[0].total_cycles for new in (3, 2))
     mine = [item for item in found.products if item.phase == "decode"]
-    assert sum(item.cycles for item in mine) == sum(layer["cycles"] for layer in found.layers) == longer - shorter
-    assert found.timeline["cycles"] == longer - shorter
+    cycles = sum(item.cycles for item in mine)
+    assert cycles == sum(layer["cycles"] for layer in found.layers) == pytest.approx(longer - shorter, rel=0.01)
+    assert found.timeline["cycles"] == pytest.approx(longer - shorter, rel=0.01)
     for item in (*mine, *(item for item in found.products if item.phase == "prefill")):
         assert sum(item.causes.values()) == item.cycles >= item.busy > 0
     for cause in {cause for item in mine for cause in item.causes}:
@@ -80,7 +85,7 @@ def test_a_token_reads_and_multiplies_what_the_model_has(found: Study) -> None:
     for item in found.products:
         assert item.operations_per_byte == pytest.approx(2 * item.macs / item.fetched_bytes)
         assert item.operations_per_s == pytest.approx(2 * item.macs / item.cycles * 200e6)
-        assert item.operations_per_s <= found.roofs["compute_operations_per_s"] == 2 * 64 * 32 * 200e6
+        assert item.operations_per_s <= found.roofs["compute_operations_per_s"] == 2 * 64 * 32 * 2 * 200e6
     prompt = {item.role: item for item in found.products if item.phase == "prefill"}
     assert prompt["mlp.c_fc"].macs == PROMPT * mine["mlp.c_fc"].macs and prompt[HEAD].macs == mine[HEAD].macs
     assert found.roofs["hbm_peak_bytes_per_s"] == 409.6e9
@@ -137,7 +142,7 @@ def test_points_have_their_limits(found: Study) -> None:
     for point in (*found.devices, *found.contexts):
         kv = layers * 2 * width * point.context
         assert point.bytes_ms == pytest.approx(2 * (weight_count() + kv) / (point.devices * 409.6e9) * 1e3)
-        assert point.compute_ms == pytest.approx((weight_count() + kv) / (point.devices * 2048 * 200e6) * 1e3)
+        assert point.compute_ms == pytest.approx((weight_count() + kv) / (point.devices * 4096 * 200e6) * 1e3)
         assert point.kv_limit_ms == pytest.approx(2 * kv / (point.devices * 409.6e9) * 1e3)
         assert point.limit_ms is not None and point.ms is not None and point.kv_ms is not None
         assert point.limit_ms == max(point.bytes_ms, point.compute_ms)

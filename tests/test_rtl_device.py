@@ -117,7 +117,7 @@ def test_machines_too_large_to_simulate_are_refused_at_once(monkeypatch: pytest.
 
     monkeypatch.setattr(rtl, "library", never)
     with pytest.raises(
-        TypebarError, match="machines of at most 256 multipliers, and u280 has 2048: compile for --machin"
+        TypebarError, match="machines of at most 256 multipliers, and u280 has 4096: compile for --machin"
     ):
         RtlDevice(Machine.load("u280"), 1)
 
