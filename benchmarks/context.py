@@ -5,7 +5,8 @@ more and takes the softmax of more scores. Each unit has its least time for that
 
 - HBM: K and V of the positions added, over the bandwidth that the machine declares (its fetch slots);
 - matrix: their multiply-accumulates, q K and weights V of every query head, over rows x columns x lanes a cycle;
-- vector: three operations for each score added (subtract the maximum, exponential, sum), over `vector.lanes` a cycle.
+- vector: three operations for each score added (subtract the maximum, exponential, sum), over `vector.lanes` a cycle,
+  or three times that where the vector unit chains them in a pass.
 
 All are a device's; every device has as much. The goal is to be within 10 % of what binds; what misses it is marked.
 
@@ -64,7 +65,7 @@ def least(shape: str, machine: Machine, positions: int) -> tuple[float, float, f
     """Milliseconds that HBM, matrix unit and vector unit of a device need for so many positions more."""
     facts = SHAPES[shape]
     heads = facts.heads // DEVICES
-    kv_heads = 1 if facts.multi_query else heads
+    kv_heads = max(1, facts.kv_heads // DEVICES)
     size = facts.width // facts.heads
     per_ms = 1000 * machine.clock_mhz
     slots = machine.hbm.rows_per_write_slot
@@ -73,7 +74,8 @@ def least(shape: str, machine: Machine, positions: int) -> tuple[float, float, f
         total * kv_heads * 2 * size * FORMAT_BYTES[Format.FP16] * (slots + 1) / slots / machine.row_bytes / per_ms
     )
     macs_ms = total * heads * 2 * size / machine.peak_macs / per_ms
-    return bytes_ms, macs_ms, total * heads * SOFTMAX_OPERATIONS / machine.vector.lanes / per_ms
+    passes = 1 if machine.vector.chains else SOFTMAX_OPERATIONS
+    return bytes_ms, macs_ms, total * heads * passes / machine.vector.lanes / per_ms
 
 
 def main() -> None:

@@ -31,6 +31,11 @@ class Shape(NamedTuple):
     config: str = "GPT2Config"
     others: Mapping[str, int] = {}
 
+    @property
+    def kv_heads(self) -> int:
+        """Heads of K and V."""
+        return 1 if self.config == "GPTBigCodeConfig" else self.others.get("num_key_value_heads", self.heads)
+
 
 SHAPES: Mapping[str, Shape] = {
     "gpt2": Shape(768, 12, 12),
