@@ -150,7 +150,7 @@ machines = st.fixed_dictionaries(
         "control.run_ahead": st.sampled_from([True, False]),
         "attention_block": st.sampled_from([128, 256]),
     }
-)
+).filter(lambda changes: changes["matrix.lanes"] % changes["vector.align"] == 0)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
