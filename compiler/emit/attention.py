@@ -377,8 +377,8 @@ def _overlapping(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, fir
         e,
         e.scratch(op),
         Blocks(
-            {name: value for name, value in scores.items() if name != "patch_at"},
-            {name: value for name, value in values.items() if name != "patch_at"},
+            scores,
+            values,
             [_query(shape, shape.out, 0, first + row) for row in range(rows)],
             shape.size,
             shape.stride,
@@ -387,7 +387,6 @@ def _overlapping(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, fir
             shape.length,
             packed_layout(shape.depth, block, e.machine, element, True).bytes // LINE_BYTES,
             packed_layout(block, shape.size, e.machine, element).bytes // LINE_BYTES,
-            not shape.stored,
         ),
     )
 

@@ -9,8 +9,9 @@ other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from typebar.compiler.emit.builder import R, reg
 from typebar.compiler.emit.vectors import Emission
@@ -26,7 +27,6 @@ class Blocks:
 
     `scores` and `values` are fields of the two products, but for those below; `out` has the rows of the result, each of
     `size` words. `k_lines` and `v_lines` are a block's lines, `block` its positions, `length` all positions seen.
-    `patched` says whether this position's K and V come from registers.
     """
 
     scores: dict[str, Value]
@@ -39,7 +39,6 @@ class Blocks:
     length: Operand
     k_lines: int
     v_lines: int
-    patched: bool
 
 
 def emit_blocks(e: Emission, s: dict[str, int], a: Blocks) -> None:
@@ -90,48 +89,55 @@ def _block(e: Emission, s: dict[str, int], a: Blocks, turn: int) -> None:
     build.branch("bge", last, 0, reg(R.T1))
     _scores(e, s, a, other, reg(R.CHUNK), reg(R.PATCH, -a.block))
     build.label(last)
-    for row, (address, out) in enumerate(zip(weights, a.out, strict=True)):
-        build.add("vsub", b_from=_WORD, dst=address, a=address, b=running + row, n=length)
-        build.add("vmul", b_from=_WORD, dst=out, a=out, b=s[f"correction{other}"] + row, n=a.size)
+    _add_sums(e, s, rows)
+
+    def subtract(row: int) -> None:
+        build.add("vsub", b_from=_WORD, dst=weights[row], a=weights[row], b=running + row, n=length)
+
+    def exponential(row: int) -> None:
+        build.add("vunary", function=int(Function.EXP), dst=weights[row], a=weights[row], n=length)
+
+    def total(row: int) -> None:
+        build.add("vsum", dst=s["sum"] + row, a=weights[row], n=length)
+
+    def rescale(row: int) -> None:
+        build.add("vmul", b_from=_WORD, dst=a.out[row], a=a.out[row], b=s[f"correction{other}"] + row, n=a.size)
+
+    build.each(_alternating(rows), subtract, exponential, total, rescale)
     build.add("vsub", dst=correction, a=s[f"running{other}"], b=running, n=rows)
-
-    def next_maximum() -> None:
-        first = build.fresh("seen")
-        build.branch("bge", first, 0, reg(R.T1))
-        build.add("vmax", dst=s[f"running{other}"], a=s[f"maximum{other}"], b=running, n=rows)
-        build.label(first)
-
-    # Short instructions of a chain go between rows of weights, which take as long as their results.
-    short: list[Callable[[], None]] = [
-        lambda: _add_sums(e, s, rows),
-        lambda: build.add("vunary", function=int(Function.EXP), dst=correction, a=correction, n=rows),
-        lambda: build.add("vmul", dst=s["running_sum"], a=s["running_sum"], b=correction, n=rows),
-        next_maximum,
-    ]
-    for row, (address, out) in enumerate(zip(weights, a.out, strict=True)):
-        build.add("vunary", function=int(Function.EXP), dst=address, a=address, n=length)
+    build.add("vunary", function=int(Function.EXP), dst=correction, a=correction, n=rows)
+    for row, out in enumerate(a.out):
         build.add("vadd", dst=out, a=out, b=s[f"part{other}"] + row * a.pad, n=a.size)
-        if short:
-            short.pop(0)()
-    patch: dict[str, Value] = {"patch_at": reg(R.PATCH)} if a.patched else {}
-    build.add("matmul", dst=s[f"part{turn}"], src=weights[0], k=length, line=reg(R.V_LINE), **a.values, **patch)
-    for emit in short:
-        emit()
-    for row, address in enumerate(weights):
-        build.add("vsum", dst=s["sum"] + row, a=address, n=length)
+    build.add("vmul", dst=s["running_sum"], a=s["running_sum"], b=correction, n=rows)
+    values = _patched(a.values, reg(R.PATCH))
+    build.add("matmul", dst=s[f"part{turn}"], src=weights[0], k=length, line=reg(R.V_LINE), **values)
+    seen = build.fresh("seen")
+    build.branch("bge", seen, 0, reg(R.T1))
+    build.add("vmax", dst=s[f"running{other}"], a=s[f"maximum{other}"], b=running, n=rows)
+    build.label(seen)
     build.increase(R.V_LINE, a.v_lines)
     build.increase(R.BLOCK, a.block)
+
+
+def _alternating(rows: int) -> list[int]:
+    """The rows of a block in an order in which one and the next lie in different hazard segments, if in several."""
+    half = -(-rows // 2)
+    return [row for pair in zip_longest(range(half), range(half, rows)) for row in pair if row is not None]
 
 
 def _scores(e: Emission, s: dict[str, int], a: Blocks, turn: int, line: Operand, patch_at: Operand) -> None:
     """A block's scores and their maxima; T1 has the positions from it on, of which it sees `block` at the most."""
     build = e.build
     build.add("smin", rd=int(R.T2), a=reg(R.T1), b=a.block)
-    patch: dict[str, Value] = {"patch_at": patch_at} if a.patched else {}
     build.add(
         "matmul", dst=s[f"scores{turn}"], n=reg(R.T2), line=line, scale=s["scale"], maximum=s[f"maximum{turn}"],
-        **a.scores, **patch,
+        **_patched(a.scores, patch_at),
     )  # fmt: skip
+
+
+def _patched(fields: dict[str, Value], at: Operand) -> dict[str, Value]:
+    """A product's fields, with the place of this position's K or V if registers hold it."""
+    return fields | {"patch_at": at} if "patch" in fields else fields
 
 
 def _add_sums(e: Emission, s: dict[str, int], rows: int) -> None:
