@@ -226,7 +226,9 @@ class MatrixOp(_Product, Valued):
     """One matrix instruction: product, then the scales of int8 weights, the bias and the activation if given.
 
     With `by_rows`, x is this device's share of a split axis, k words of it, and the weights have the rows that meet it:
-    the product is one of as many addends as there are devices.
+    the product is one of as many addends as there are devices. With `first_row` it takes k rows of the weights from
+    that one on; it goes on from the sums in `addend`, in whose place its result lies, and only the last such has an
+    epilogue.
     """
 
     name = "tbd.matrix"
@@ -234,10 +236,15 @@ class MatrixOp(_Product, Valued):
     x = operand_def(TensorType)
     scale = opt_operand_def(TensorType)
     bias = opt_operand_def(TensorType)
+    addend = opt_operand_def(TensorType)
     activation = opt_prop_def(StringAttr)
     by_rows = opt_prop_def(UnitAttr)
+    first_row = opt_prop_def(IntegerAttr)
     traits = traits_def(Pure())
-    assembly_format = f"`(` $x `:` type($x) {_optional('scale')} {_optional('bias')} `)` attr-dict `->` type($out)"
+    assembly_format = (
+        f"`(` $x `:` type($x) {_optional('scale')} {_optional('bias')} {_optional('addend')} `)`"
+        " attr-dict `->` type($out)"
+    )
 
     def __init__(
         self,
@@ -250,20 +257,26 @@ class MatrixOp(_Product, Valued):
         bias: SSAValue | None = None,
         activation: str | None = None,
         by_rows: bool = False,
+        first_row: int | None = None,
+        addend: SSAValue | None = None,
     ) -> None:
         """Make the operation from plain values."""
         properties = _product(segments, k, row_unit, row_pad)
+        properties["first_row"] = None if first_row is None else number(first_row)
         properties["activation"] = None if activation is None else StringAttr(activation)
         properties["by_rows"] = UnitAttr() if by_rows else None
         words = sum(item.words for item in segments)
-        super().__init__(operands=[x, scale, bias], result_types=[vector(words)], properties=properties)  # type: ignore[arg-type]
+        super().__init__(operands=[x, scale, bias, addend], result_types=[vector(words)], properties=properties)  # type: ignore[arg-type]
 
     def verify_(self) -> None:
-        """The product's rules; scale, bias and result have the segments' width."""
+        """The product's rules; scale, bias, addend and result have the segments' width."""
         super().verify_()
-        if any(value is not None and width(value) != self.words for value in (self.out, self.scale, self.bias)):
-            raise VerifyException(f"tbd.matrix: result, scale and bias must have {self.words} words")
-        if (self.scale is not None) != self.int8:
+        vectors = (self.out, self.scale, self.bias, self.addend)
+        if any(value is not None and width(value) != self.words for value in vectors):
+            raise VerifyException(f"tbd.matrix: result, scale, bias and addend must have {self.words} words")
+        if self.addend is not None and self.first_row is None:
+            raise VerifyException("tbd.matrix: what goes on from an addend needs the first_row of its weights")
+        if (self.scale is not None) != self.int8 and (self.scale is not None or self.first_row is None):
             raise VerifyException("tbd.matrix: int8 weights, and only they, need scales")
 
 

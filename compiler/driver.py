@@ -19,6 +19,7 @@ from typebar.compiler.memory import MemoryPlan, plan_memory, program_of
 from typebar.compiler.packing import Packer, stored_format
 from typebar.compiler.passes.allocate import AllocatePass, AllocationError
 from typebar.compiler.passes.fuse import FusePass
+from typebar.compiler.passes.halve import HalvePass
 from typebar.compiler.passes.partition import PartitionPass
 from typebar.compiler.passes.phases import PhasesPass
 from typebar.compiler.plan import COLUMNS, Plan
@@ -68,9 +69,11 @@ def back_passes(
     plan: Plan = COLUMNS,
 ) -> list[ModulePass]:
     """The passes from a re-rolled step to an allocated program, as `build` runs them; `shape` is a parameter's."""
+    halve = [] if machine.control.barriers else [_halve(machine, devices)]
     return [
         PartitionPass(devices, machine.vector.align, machine.control.barriers, plan.replicate, plan.rows, shape),
         FusePass(hoist, machine.vector.chains),
+        *halve,
         PhasesPass(hoist),
         AllocatePass(
             machine.vector.words,
@@ -85,6 +88,13 @@ def back_passes(
             machine.ring.buffer_words,
         ),
     ]
+
+
+def _halve(machine: Machine, devices: int) -> HalvePass:
+    matrix, ring = machine.matrix, machine.ring
+    port = min(matrix.fifo_port_bytes, machine.peak_macs * FORMAT_BYTES[Format.FP16])
+    product = matrix.dot_latency + matrix.accumulate_latency + matrix.epilogue_latency
+    return HalvePass(matrix.lanes, port, product, ring.setup_latency + devices // 2 * ring.hop_latency)
 
 
 def _group_rows(machine: Machine) -> int:

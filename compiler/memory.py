@@ -258,9 +258,12 @@ class _Planner:
         element = 1 if op.int8 else self.element
         bytes_ = packed_bytes(k, words, self.machine, element)
         by_rows = isinstance(op, dev.MatrixOp) and op.by_rows is not None
+        part = None if isinstance(op, dev.HeadOp) else op.first_row
         rows = (k if unit == pad else k // pad * unit) * (self.devices if by_rows else 1)
         first = self.weights.shape(pieces[0].weight)
         source_rows = first[0] if pieces[0].layout == "in_out" else first[1]
+        if part is not None:
+            source_rows = min(rows, source_rows - part.value.data)
         meta = {
             "kind": "matrix",
             "k": k,
@@ -274,6 +277,8 @@ class _Planner:
             meta["format"] = "int8"
         if by_rows:
             meta["by_rows"] = True
+        if part is not None:
+            meta["first_row"] = part.value.data
         name = "+".join(dict.fromkeys(item.weight for item in pieces)).replace(".weight", "")
         self.add(op, name, Region.WEIGHTS, bytes_, meta)
         useful = source_rows * sum(item.size for item in pieces)

@@ -181,7 +181,10 @@ def _format(meta: Mapping[str, Any], weights: Format) -> Format:
 
 
 def _held_rows(meta: Mapping[str, Any], rank: int) -> tuple[Index, Index]:
-    """The source rows that a matrix has on a device, all unless it goes by rows, and the position in k of each."""
+    """The source rows that a matrix has on a device and the position in k of each.
+
+    All rows, unless the device has those that meet its share of the input, or the matrix is some rows of one.
+    """
     rows = np.arange(meta["rows"])
     unit, pad = meta["row_unit"], meta["row_pad"]
     places = rows // unit * pad + rows % unit
@@ -189,7 +192,7 @@ def _held_rows(meta: Mapping[str, Any], rank: int) -> tuple[Index, Index]:
         places = places - rank * meta["k"]
         held = (places >= 0) & (places < meta["k"])
         rows, places = rows[held], places[held]
-    return _run(rows), _run(places)
+    return _run(rows + meta.get("first_row", 0)), _run(places)
 
 
 def unpack_weights(image: Image) -> Lookup:

@@ -18,6 +18,7 @@ from typebar.compiler.passes.allocate import AllocatePass
 from typebar.compiler.passes.canonicalise import Canonicalise
 from typebar.compiler.passes.classify_masks import ClassifyMasks, classify
 from typebar.compiler.passes.fuse import FusePass
+from typebar.compiler.passes.halve import HalvePass
 from typebar.compiler.passes.make_incremental import MakeIncremental, make_incremental
 from typebar.compiler.passes.partition import PartitionPass
 from typebar.compiler.passes.phases import PhasesPass
@@ -30,7 +31,7 @@ from typebar.compiler.verify import verify
 from typebar.isa.errors import TypebarError
 
 _FRONT = (Canonicalise, Recognise, ClassifyMasks, MakeIncremental, Reroll)
-_BACK = (PartitionPass, FusePass, PhasesPass, AllocatePass)
+_BACK = (PartitionPass, FusePass, HalvePass, PhasesPass, AllocatePass)
 PASSES: dict[str, type[ModulePass]] = {made.name: made for made in (*_FRONT, QuantisePass, *_BACK)}
 """Every pass by its name, in the order in which they lead from a graph to a re-rolled step and on to an allocated
 program; `quantise` is for int8 weights, and those of the second half take options, such as `partition{devices=4}`."""

@@ -45,8 +45,8 @@ class Limits:
         return self.step
 
 
-HEADS_TOGETHER = 4
-"""Query heads whose attention is computed step by step side by side: enough to cover the vector unit's latencies."""
+HEADS_TOGETHER, HEADS_IN_CHAINS = 4, 8
+"""Query heads whose attention is computed side by side, without and with chains: enough to cover latencies."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,11 @@ def rows_of(op: dev.AttentionOp | AttendOp, limits: Limits) -> Rows:
     """
     context = positions_of(op, limits)
     length = min(limits.round(context), limits.attention_block)
-    most = 1 if _own_bias(op) else max(1, min(limits.vectors, limits.words // 4 // length))
-    pieces = -(-op.group // most)
+    fits = 1 if _own_bias(op) else max(1, min(limits.vectors, limits.words // 4 // length))
+    pieces = -(-op.group // fits)
     rows = -(-op.group // pieces)
-    together = HEADS_TOGETHER // rows if pieces == 1 and context <= limits.attention_block else 1
+    most = HEADS_IN_CHAINS if limits.chains else HEADS_TOGETHER
+    together = most // rows if pieces == 1 and context <= limits.attention_block else 1
     return Rows(rows, pieces, max(1, min(together, int(op.kv_heads.value.data))))
 
 

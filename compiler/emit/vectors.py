@@ -138,8 +138,8 @@ def emit_load(e: Emission, op: dev.ParamOp | dev.BiasOp) -> None:
 
 
 def epilogue(e: Emission, op: dev.MatrixOp) -> dict[str, int]:
-    """The epilogue's options of a matrix instruction."""
-    extra: dict[str, int] = {}
+    """The epilogue's options of a matrix instruction, and whether it goes on from the sums in its place."""
+    extra: dict[str, int] = {} if op.addend is None else {"accumulate": 1}
     if op.scale is not None:
         extra |= {"scaling": int(Scale.COLUMN), "scale": e.address(op.scale)}
     if op.bias is not None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from xdsl.ir import Block, Operation, SSAValue
 
+from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
 from typebar.compiler.passes.slots import Slot, Span
 from typebar.compiler.rows import Layout, shared
@@ -75,7 +76,11 @@ class Lifetimes:
         """Slots of an operation's result and scratch space."""
         for value in op.results:
             for group in (0,) if shared(value) else self._groups:
-                if (value, group) not in self._found:
+                addend = op.addend if isinstance(op, dev.MatrixOp) else None
+                if addend is not None:
+                    self._found[value, group] = self._found[addend, group]
+                    self._found[value, group].values.append(value)
+                elif (value, group) not in self._found:
                     self._add(value, group, self._at[op, group])
                 self._extend(value, group)
         total = self._layout.scratch(op)["total"]
@@ -116,6 +121,8 @@ class Lifetimes:
         """When a value is live for one use: by `user` in group `reader`."""
         home = value.owner if isinstance(value.owner, Block) else value.owner.parent_block()
         start, made, used = self._found[value, group].start, (value.owner, group), (user, reader)
+        if isinstance(value.owner, dev.MatrixOp) and value.owner.addend is not None:
+            start = self._at[value.owner, group]
         if user.parent_block() is not home:
             loop = user.parent_op()
             return [(start, self._loops[loop][2])] if loop in self._loops else []

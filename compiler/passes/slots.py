@@ -74,14 +74,30 @@ def collect(ops: Iterable[Operation], words: Words, scratch: Scratch) -> list[Sl
                 use(value, _seen_from(value, op, order) + isinstance(op, dev.LastOp))
             if not isinstance(op, ir.RepeatOp):
                 for value in op.results:
-                    if value not in slots:
+                    addend = op.addend if isinstance(op, dev.MatrixOp) else None
+                    if addend is not None:
+                        slots[value] = slots[addend]
+                        slots[value].values.append(value)
+                    elif value not in slots:
                         slot(value, first)
             total = scratch(op)["total"]
             if total:
                 result.append(Slot(total, first, last, owner=op))
 
     visit(ops)
+    for loop in order:
+        if isinstance(loop, ir.RepeatOp):
+            _load_ahead(loop, order, slots)
     return result
+
+
+def _load_ahead(loop: ir.RepeatOp, order: dict[Operation, Span], slots: dict[SSAValue, Slot]) -> None:
+    """Keep what a turn loads before its first product apart from all that the turn before does from its last one on."""
+    ops = list(loop.body.block.ops)
+    products = [at for at, op in enumerate(ops) if isinstance(op, dev.MatrixOp)]
+    for op in ops[: products[0]] if products else ():
+        if isinstance(op, _LOADS):
+            slots[op.results[0]].spans.append((order[ops[products[-1]]][0], order[loop][1]))
 
 
 def _number(ops: Iterable[Operation], order: dict[Operation, Span], count: int) -> int:
