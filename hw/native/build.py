@@ -7,6 +7,7 @@ the source of the hardware and of the contract, the harness, the tools.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import subprocess
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from importlib import metadata, resources
 from pathlib import Path
@@ -86,9 +87,11 @@ def library(machine: Machine, wave: str | None = None, text: Callable[[], str] |
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _sweep(folder)
-        with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as place:
-            draft = _build(machine, wave, (text or (lambda: kernel_verilog(machine)))(), Path(place))
-            os.replace(draft, target)
+        with _locked(target.with_suffix(".lock")):
+            if not target.is_file():
+                with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as place:
+                    draft = _build(machine, wave, (text or (lambda: kernel_verilog(machine)))(), Path(place))
+                    os.replace(draft, target)
     except OSError as error:
         raise TypebarError(f"cannot build in {str(folder)!r}: {error.strerror or error} ({CACHE} moves it)") from None
     return target
@@ -106,6 +109,14 @@ def is_built(machine: Machine, wave: str | None = None) -> bool:
 
 def _target(machine: Machine, wave: str, tag: str = "") -> Path:
     return cache_folder() / f"{machine.name}-{_key(machine, wave, tag)}.so"
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock among processes, so that two that want the same model build it once; it goes with its holder."""
+    with path.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _sweep(folder: Path) -> None:
