@@ -187,16 +187,17 @@ def emit_matrix(e: RowsEmission, op: dev.MatrixOp) -> None:
 
 
 def emit_last(e: RowsEmission, op: dev.LastOp) -> None:
-    """All rows, at once where no bias is shared."""
+    """All rows, at once where each has words of its own and no bias comes to them."""
     build, stride = e.build, e.layout.stride(op.out)
     done = begin_last(e, e.address(op.out), e.times_rows(stride))
-    if op.bias is None and not shared(op.x):
-        build.add("vmov", dst=e.address(op.out), b=e.address(op.x), n=e.times_rows(stride))
-    for row in range(e.most) if op.bias is not None or shared(op.x) else ():
-        if op.bias is None:
-            build.add("vmov", dst=e.row(op.out, row), b=e.row(op.x, row), n=op.count)
-        else:
+    if op.bias is not None:
+        for row in range(e.most):
             build.add("vadd", dst=e.row(op.out, row), a=e.row(op.x, row), b=e.address(op.bias), n=op.count)
+    elif shared(op.x):
+        for row in range(e.most):
+            build.add("vmov", dst=e.row(op.out, row), b=e.row(op.x, row), n=op.count)
+    else:
+        build.add("vmov", dst=e.address(op.out), b=e.address(op.x), n=e.times_rows(stride))
     build.label(done)
 
 
