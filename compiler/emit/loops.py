@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from xdsl.ir import Operation, SSAValue
 
@@ -31,18 +31,20 @@ def layer_strides(e: Emission, loop: ir.RepeatOp) -> dict[Region, int]:
 def emit_loop(
     e: Emission,
     loop: ir.RepeatOp,
+    steps: Mapping[Region, int],
     emit: Callable[[list[Operation]], None],
     copy: Callable[[SSAValue, SSAValue], None],
     ahead: Callable[[], None] = lambda: None,
 ) -> None:
     """The loop; `emit` emits the operations of its body, and `copy` a copy of a value to another's place.
 
-    `ahead` emits what depends only on the values handed on, when these are there: before the loop and at its end.
+    `steps` are the loop's `layer_strides`. `ahead` emits what depends only on the values handed on, when these are
+    there: before the loop and at its end.
 
     Raises:
-        TypebarError: a loop inside the loop, or tensors whose layers no one loop can follow.
+        TypebarError: a loop inside the loop.
     """
-    build, body, steps = e.build, loop.body.block, layer_strides(e, loop)
+    build, body = e.build, loop.body.block
     for value, home in zip(loop.inits, loop.outs, strict=True):
         copy(value, home)
     ahead()

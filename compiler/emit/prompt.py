@@ -123,7 +123,7 @@ def _emit_turns(e: RowsEmission, item: Turns, node: Callable[[Operation], str]) 
         for part in parts:
             _emit_part(e, part, node, steps)
 
-    emit_loop(e, item.loop, lambda _: emit(item.turn), lambda value, home: _copy(e, value, home))
+    emit_loop(e, item.loop, steps, lambda _: emit(item.turn), lambda value, home: _copy(e, value, home))
     e.in_loop = True
     emit(item.rest)
     e.in_loop = False

@@ -15,7 +15,7 @@ from typebar.compiler.device_source import AttendOp, CacheOp, PhaseOp, RestoreOp
 from typebar.compiler.emit.attention import emit_attention
 from typebar.compiler.emit.builder import Builder, R, reg
 from typebar.compiler.emit.head import DESCRIPTOR_WORDS, emit_head
-from typebar.compiler.emit.loops import emit_loop
+from typebar.compiler.emit.loops import emit_loop, layer_strides
 from typebar.compiler.emit.prompt import emit_prompt
 from typebar.compiler.emit.rows import RowsEmission
 from typebar.compiler.emit.source import emit_cache, emit_phase, emit_restore, emit_save
@@ -258,7 +258,7 @@ def _emit_loop(e: Emission, loop: ir.RepeatOp) -> None:
 
     norm = _norm_of_handed_on(loop) if e.build.chains else None
     e.summed = norm
-    emit_loop(e, loop, emit, copy, ahead)
+    emit_loop(e, loop, layer_strides(e, loop), emit, copy, ahead)
     e.summed = None
 
 
