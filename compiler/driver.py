@@ -28,7 +28,7 @@ from typebar.compiler.rows import tokens_of
 from typebar.isa.errors import TypebarError
 from typebar.isa.image_manifest import Manifest
 from typebar.isa.image_writer import write_image
-from typebar.isa.instructions import FORMAT_BYTES, Format
+from typebar.isa.instructions import Format
 from typebar.isa.machine import MAX_DEVICES, Machine
 from typebar.isa.program import Program, encode
 
@@ -69,39 +69,14 @@ def back_passes(
     plan: Plan = COLUMNS,
 ) -> list[ModulePass]:
     """The passes from a re-rolled step to an allocated program, as `build` runs them; `shape` is a parameter's."""
-    halve = [] if machine.control.barriers else [_halve(machine, devices)]
+    halve = [] if machine.control.barriers else [HalvePass.of(machine, devices)]
     return [
         PartitionPass(devices, machine.vector.align, machine.control.barriers, plan.replicate, plan.rows, shape),
         FusePass(hoist, machine.vector.chains),
         *halve,
         PhasesPass(hoist),
-        AllocatePass(
-            machine.vector.words,
-            machine.segment_words,
-            machine.attention_block,
-            machine.column_block,
-            machine.matrix.vectors,
-            _group_rows(machine),
-            machine.vector.chains,
-            machine.peak_macs,
-            machine.vector.lanes,
-            machine.ring.buffer_words,
-        ),
+        AllocatePass.of(machine),
     ]
-
-
-def _halve(machine: Machine, devices: int) -> HalvePass:
-    matrix, ring = machine.matrix, machine.ring
-    port = min(matrix.fifo_port_bytes, machine.peak_macs * FORMAT_BYTES[Format.FP16])
-    product = matrix.dot_latency + matrix.accumulate_latency + matrix.epilogue_latency
-    return HalvePass(matrix.lanes, port, product, ring.setup_latency + devices // 2 * ring.hop_latency)
-
-
-def _group_rows(machine: Machine) -> int:
-    """The fewest vectors for which the matrix unit holds a 16-bit tile as long as it takes to fetch, a row a cycle."""
-    matrix = machine.matrix
-    tile = matrix.columns * matrix.lanes * FORMAT_BYTES[Format.FP16]
-    return -(-matrix.rows * tile // machine.row_bytes)
 
 
 def check_devices(devices: int) -> None:

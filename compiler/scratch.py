@@ -30,11 +30,11 @@ class Limits:
     column_block: int
     context: int
     devices: int
-    vectors: int = 16
-    chains: bool = False
-    macs: int = 2048
-    lanes: int = 16
-    buffer: int = 16384
+    vectors: int
+    chains: bool
+    macs: int
+    lanes: int
+    buffer: int
 
     def round(self, words: int) -> int:
         """Words rounded up to the alignment of a vector's base."""

@@ -13,9 +13,9 @@ from typebar.compiler import device_ir, driver
 from typebar.compiler.emit.head import DESCRIPTOR_WORDS
 from typebar.compiler.frontend import load_model
 from typebar.compiler.memory import program_of
+from typebar.compiler.passes.allocate import AllocatePass
 from typebar.compiler.rows import Layout, needed, tokens_of
 from typebar.compiler.schedule import Turns, schedule
-from typebar.compiler.scratch import Limits
 from typebar.host.driver import DeviceEngine
 from typebar.host.simulator import SimulatedDevice
 from typebar.isa.image import Image
@@ -124,11 +124,7 @@ def test_groups_go_through_a_layer_apart_and_in_order(devices: int) -> None:
     program = program_of(module)
     tokens = tokens_of(program)
     assert tokens is not None and tokens.groups == 2 and program.rows_step is not None
-    limits = Limits(
-        machine.vector.words, machine.vector.align, program.rows_step.value.data, machine.attention_block,
-        machine.column_block, CONTEXT, devices, machine.matrix.vectors, machine.peak_macs, machine.vector.lanes,
-        machine.ring.buffer_words,
-    )  # fmt: skip
+    limits = AllocatePass.of(machine).limits(program, int(program.rows_step.value.data))
     turns = [item for item in schedule(needed(program), Layout.of(program, limits, tokens)) if isinstance(item, Turns)]
     assert len(turns) == 1
     (turn,) = turns

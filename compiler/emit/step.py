@@ -39,9 +39,9 @@ from typebar.compiler.emit.vectors import (
     emit_sum,
 )
 from typebar.compiler.memory import MemoryPlan, program_of, source_of
+from typebar.compiler.passes.allocate import AllocatePass
 from typebar.compiler.passes.fuse import LOADS
 from typebar.compiler.rows import Layout, Tokens, crossing, shared, split_tail, tokens_of
-from typebar.compiler.scratch import Limits
 from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import WORD_BYTES, Format, Region
 from typebar.isa.machine import Machine
@@ -124,14 +124,9 @@ def _emission(
     build: Builder, program: dev.ProgramOp | SourceOp, machine: Machine, memory: MemoryPlan, fmt: Format
 ) -> Emission:
     """What emits a program's instructions."""
-    align, context, devices = (int(a.value.data) for a in (program.align, program.context, program.devices))
     if program.step is None:
         raise TypebarError("the program has no registers: run the pass allocate first")
-    step, words = int(program.step.value.data), machine.vector.words
-    limits = Limits(
-        words, align, step, machine.attention_block, machine.column_block, context, devices, machine.matrix.vectors,
-        machine.vector.chains, machine.peak_macs, machine.vector.lanes, machine.ring.buffer_words,
-    )  # fmt: skip
+    limits = AllocatePass.of(machine).limits(program, int(program.step.value.data))
     _check_gathers(program, machine)
     return Emission(build, machine, memory, limits, fmt, program)
 

@@ -22,6 +22,8 @@ from typebar.compiler.passes.allocate_rows import allocate_rows
 from typebar.compiler.passes.slots import WAYS, Slot, apart, collect, place, record
 from typebar.compiler.scratch import Limits, scratch_of
 from typebar.isa.errors import TypebarError
+from typebar.isa.instructions import FORMAT_BYTES, Format
+from typebar.isa.machine import Machine
 
 
 class AllocationError(TypebarError):
@@ -47,6 +49,43 @@ class AllocatePass(ModulePass):
     lanes: int = 16
     buffer: int = 16384
 
+    @classmethod
+    def of(cls, machine: Machine) -> AllocatePass:
+        """The pass for a machine."""
+        matrix, vector = machine.matrix, machine.vector
+        # The fewest vectors for which the matrix unit holds a 16-bit tile as long as it takes to fetch, a row a cycle.
+        tile = matrix.columns * matrix.lanes * FORMAT_BYTES[Format.FP16]
+        return cls(
+            words=vector.words,
+            segment=machine.segment_words,
+            attention_block=machine.attention_block,
+            column_block=machine.column_block,
+            vectors=matrix.vectors,
+            group_rows=-(-matrix.rows * tile // machine.row_bytes),
+            chains=vector.chains,
+            macs=machine.peak_macs,
+            lanes=vector.lanes,
+            buffer=machine.ring.buffer_words,
+        )
+
+    def limits(self, program: dev.ProgramOp | SourceOp, step: int) -> Limits:
+        """What a program of this machine keeps to whose places start at multiples of `step` words."""
+        align, context, devices = (int(a.value.data) for a in (program.align, program.context, program.devices))
+        return Limits(
+            words=self.words,
+            align=align,
+            step=step,
+            attention_block=self.attention_block,
+            column_block=self.column_block,
+            context=context,
+            devices=devices,
+            vectors=self.vectors,
+            chains=self.chains,
+            macs=self.macs,
+            lanes=self.lanes,
+            buffer=self.buffer,
+        )
+
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         """Set `at` and `scratch` everywhere, the head's `chunk` and the program's `step`.
 
@@ -58,15 +97,12 @@ class AllocatePass(ModulePass):
                 self._program(program)
 
     def _program(self, program: dev.ProgramOp | SourceOp) -> None:
-        align, context, devices = (int(a.value.data) for a in (program.align, program.context, program.devices))
+        align = int(program.align.value.data)
         head = program.body.block.last_op
         lowest = 0
         for chunk in _chunks(head.words, self.column_block) if isinstance(head, dev.HeadOp) else (0,):
             for step, together in (*((self.segment, made) for made in WAYS), (align, apart)):
-                limits = Limits(
-                    self.words, align, step, self.attention_block, self.column_block, context, devices, self.vectors,
-                    self.chains, self.macs, self.lanes, self.buffer,
-                )  # fmt: skip
+                limits = self.limits(program, step)
                 slots = _slots(program, limits, chunk)
                 lowest = place(together(slots), limits.step_of)
                 if lowest > self.words:

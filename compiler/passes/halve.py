@@ -20,6 +20,7 @@ from typebar.compiler import device_ir as dev
 from typebar.compiler import ir
 from typebar.compiler.segments import Segment
 from typebar.isa.instructions import FORMAT_BYTES, Format
+from typebar.isa.machine import Machine
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,14 @@ class HalvePass(ModulePass):
     port: int = 4096
     product: int = 0
     ring: int = 0
+
+    @staticmethod
+    def of(machine: Machine, devices: int) -> HalvePass:
+        """The pass for a ring of machines."""
+        matrix, ring = machine.matrix, machine.ring
+        port = min(matrix.fifo_port_bytes, machine.peak_macs * FORMAT_BYTES[Format.FP16])
+        product = matrix.dot_latency + matrix.accumulate_latency + matrix.epilogue_latency
+        return HalvePass(matrix.lanes, port, product, ring.setup_latency + devices // 2 * ring.hop_latency)
 
     def apply(self, ctx: Context, op: ModuleOp) -> None:
         """Rewrite in place; never fails."""
