@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 import typebar
 from typebar.host import compare as compare_module
 from typebar.host.cli import main
-from typebar.host.probes import Lookup
+from typebar.host.probes import Fed, Lookup, find_points, simulate_points
 from typebar.host.rounding import rounded, rounded_operands
 from typebar.isa.errors import TypebarError
 from typebar.isa.image import Image
+from typebar.isa.machine import Machine
 from typebar.models import find
 
 MODEL, PROMPT, LAYERS = "folio-draft", "And the king said unto them", 3
@@ -31,6 +32,21 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("compare") / "draft.safetensors"
     typebar.compile(MODEL, path, machine="tiny", devices=2)
     return path
+
+
+def test_a_sum_inside_a_chain_is_found_with_its_value(image: Path, tmp_path: Path) -> None:
+    apart = tmp_path / "apart.safetensors"
+    typebar.compile(MODEL, apart, machine=Machine.load("tiny").override({"vector.chains": "false"}), devices=2)
+    kinds, found = [], []
+    for path in (image, apart):
+        with Image.open(path) as opened:
+            points = find_points(opened)
+            assert points.sites.keys() == points.sums.keys()
+            kinds.append({opened.program.ops[site.pc].kind.name for site in points.sites.values()})
+            found.append(simulate_points(opened, points, Fed([40, 27, 60])))
+    assert "vchain" in kinds[0] and kinds[1] == {"vadd"}
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 2 * LAYERS + 2
+    assert all(np.array_equal(value, found[1][point]) for point, value in found[0].items())
 
 
 def perturbed(folder: Path, name: str, relative: float) -> Path:
