@@ -42,7 +42,8 @@ test: $(READY) lint ## lint, check that generated documents are current, run the
 	@$(SHARED) -m "not long"
 
 test-long: $(READY) ## run the tests that take minutes each
-	@$(SHARED) -m long
+	@$(SHARED) -m "long and not alone"
+	@$(PYTEST) -m "long and alone"
 
 lint: $(READY) ## ruff and mypy
 	@$(RUN) -m ruff check .
