@@ -23,7 +23,7 @@ class AttentionOp(Valued):
 
     q holds `heads` queries from word `q_at` on, k and v `kv_heads` heads from `k_at` and `v_at`; query head h reads
     K/V head h // (heads / kv_heads). `bias` is added to the scores: `planes` rows of a word for each position, one for
-    each head or one for all.
+    each head or one for all. K and V are stored as `kv_format`, int8, or as tables are.
     """
 
     name = "tbd.attention"
@@ -43,6 +43,7 @@ class AttentionOp(Valued):
     kv_words = prop_def(IntegerAttr)
     window = opt_prop_def(IntegerAttr)
     planes = opt_prop_def(IntegerAttr)
+    kv_format = opt_prop_def(StringAttr)
     traits = traits_def(Pure())
     assembly_format = FORMAT
 
@@ -58,6 +59,7 @@ class AttentionOp(Valued):
         kv_words: int,
         window: int | None = None,
         bias: tuple[SSAValue, int] | None = None,
+        kv_format: str | None = None,
     ) -> None:
         """Make the operation from plain values; `places` says where q, k and v begin, `bias` has its planes.
 
@@ -75,6 +77,7 @@ class AttentionOp(Valued):
         properties = {name: number(value) for name, value in numbers.items()}
         properties["window"] = None if window is None else number(window)  # type: ignore[assignment]
         properties["planes"] = None if bias is None else number(bias[1])  # type: ignore[assignment]
+        properties["kv_format"] = None if kv_format is None else StringAttr(kv_format)  # type: ignore[assignment]
         super().__init__(
             operands=[*(value for value, _ in places), None if bias is None else bias[0]],
             result_types=[vector(heads * pad)],

@@ -28,7 +28,7 @@ from typebar.compiler.rows import tokens_of
 from typebar.isa.errors import TypebarError
 from typebar.isa.image_manifest import Manifest
 from typebar.isa.image_writer import write_image
-from typebar.isa.instructions import Format
+from typebar.isa.instructions import FORMAT_BYTES, Format
 from typebar.isa.machine import MAX_DEVICES, Machine
 from typebar.isa.program import Program, encode
 
@@ -119,7 +119,8 @@ def allocated(model: FrontendModel, machine: Machine, devices: int, plan: Plan =
 def build(model: FrontendModel, machine: Machine, devices: int, fmt: Format, plan: Plan = COLUMNS) -> Compiled:
     """Compile a model's step for a ring of `devices` machines, without touching its weights.
 
-    With int8 the products' weights are quantised when they are packed; tables, K and V are fp16.
+    With int8 the products' weights are quantised when they are packed; tables, K and V are fp16. A model of
+    `caches.int8_caches` has K and V in int8.
 
     Raises:
         TypebarError: the device count is out of range, the plan names no matrices of the model's, or the model does
@@ -156,13 +157,19 @@ def write(compiled: Compiled, path: str | Path, progress: Callable[[int, int], N
         "regions": {"kv": memory.kv_bytes, "io": memory.io.bytes},
         "io": asdict(memory.io),
         "model": _facts(model),
-        "accounting": {**memory.accounting, "plan": compiled.plan.to_json()},
+        "accounting": {**memory.accounting, "plan": compiled.plan.to_json(), "kv_format": kv_format(compiled)},
         "sources": {name: {"shape": list(model.weights.shape(name)), "dtype": dtype} for name, dtype in names.items()},
         "source_hash": hashlib.sha256(compiled.graph.encode()).hexdigest(),
     }
     words = encode(compiled.program)
     tokenizer = model.tokenizer_json or b""
     return write_image(path, fields, words, compiled.graph, tokenizer, memory.plans, packer.payload, progress)
+
+
+def kv_format(compiled: Compiled) -> str:
+    """The name of the format that K and V are stored in."""
+    formats = {cache.format for cache in compiled.memory.caches.values()}
+    return min(formats, key=lambda fmt: FORMAT_BYTES[fmt], default=stored_format(compiled.format)).name.lower()
 
 
 def source_context(model: FrontendModel) -> int | None:

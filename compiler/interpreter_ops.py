@@ -123,6 +123,7 @@ class StepAttention(_Biased):
     def __init__(self, op: ir.AttentionOp, weights: Weights, context: int) -> None:
         """Make an empty cache."""
         super().__init__(op, weights, context, context)
+        self.rounds = op.kv_format is not None
         shape = (2, self.kv_heads, min(_FIRST_CAPACITY, context), self.size)
         self.cache = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
         self.position = 0
@@ -132,8 +133,9 @@ class StepAttention(_Biased):
         end = self.position + 1
         if end > self.cache.shape[2]:
             self._grow(end)
-        self.cache[0, :, self.position] = k.view(self.kv_heads, self.size)
-        self.cache[1, :, self.position] = v.view(self.kv_heads, self.size)
+        for side, x in enumerate((k, v)):
+            stored = x.round().clamp(-128, 127) if self.rounds else x
+            self.cache[side, :, self.position] = stored.view(self.kv_heads, self.size)
         begin = max(0, end - self.window)
         keys, values = self.cache[:, :, begin:end]
         scores = self.queries(q) @ keys.transpose(1, 2) * self.scale

@@ -64,8 +64,10 @@ class AttentionOp(_Attention):
 
     In a step q is [heads, head_dim], k and v are [kv_heads, head_dim] of this token, flat; query head h reads
     K/V head h // (heads / kv_heads); k and v join the cache of this operation before the product. In an encoder
-    every position attends to all positions of the source text that the mask allows, earlier and later ones. In a graph
-    q, k and v are [1, heads, T, head_dim], and `allowed` may hold the mask as a value until it is classified.
+    every position attends to all positions of the source text that the mask allows, earlier and later ones. With
+    kv_format = int8, which only a step has, k and v are rounded to the nearest integers, -128 to 127, before they join
+    the cache. In a graph q, k and v are [1, heads, T, head_dim], and `allowed` may hold the mask as a value until it is
+    classified.
     """
 
     name = "tb.attention"
@@ -77,6 +79,7 @@ class AttentionOp(_Attention):
     window = opt_prop_def(IntegerAttr)
     bias = opt_prop_def(SymbolRefAttr)
     bias_kind = opt_prop_def(StringAttr)
+    kv_format = opt_prop_def(StringAttr)
 
     def __init__(
         self,
@@ -121,6 +124,9 @@ class AttentionOp(_Attention):
         )
         require(self.window is None or self.window.value.data > 0, "tb.attention: window must be positive")
         require((self.bias is None) == (self.bias_kind is None), "tb.attention: `bias` goes with `bias_kind`")
+        require(
+            self.kv_format is None or self.kv_format.data == "int8", "tb.attention: kv_format must be int8 or absent"
+        )
         known = ", ".join(BIASES)
         require(self.bias_kind is None or self.bias_kind.data in BIASES, f"tb.attention: bias_kind must be of {known}")
 

@@ -48,7 +48,7 @@ class Place:
 
 @dataclass(frozen=True)
 class CachePlace:
-    """K and V of one attention operation: line of head 0 of the first layer; all strides in lines.
+    """K and V of one attention operation, in `format`: line of head 0 of the first layer; all strides in lines.
 
     Each head has its K (positions are columns, stored at full column blocks) and then its V (positions are rows). The
     layers of an encoder share caches, so that their layer stride is 0.
@@ -58,6 +58,7 @@ class CachePlace:
     layer_stride: int
     head_stride: int
     v_offset: int
+    format: Format
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ class _Planner:
         for op in source.walk():
             if isinstance(op, CacheOp | AttendOp) and op.cache.value.data == cache:
                 k, v = self.cache_lines(op, self.source_context)
-                self.caches[op] = CachePlace(self.kv_lines, 0, k + v, k)
+                self.caches[op] = CachePlace(self.kv_lines, 0, k + v, k, self.kv_format(op))
                 lines = max(lines, _kv_heads(op) * (k + v))
         self.kv_lines += lines
 
@@ -323,9 +324,14 @@ class _Planner:
         stride = sum(_kv_heads(op) * (k + v) for op, (k, v) in zip(attentions, sizes, strict=True))
         line = self.kv_lines
         for op, (k, v) in zip(attentions, sizes, strict=True):
-            self.caches[op] = CachePlace(line, stride, k + v, k)
+            self.caches[op] = CachePlace(line, stride, k + v, k, self.kv_format(op))
             line += _kv_heads(op) * (k + v)
         self.kv_lines += stride * layers
+
+    def kv_format(self, op: Operation) -> Format:
+        """The format of an operation's K and V."""
+        named = op.kv_format if isinstance(op, dev.AttentionOp) else None
+        return self.fmt if named is None else Format[named.data.upper()]
 
     def cache_lines(self, op: dev.AttentionOp | AttendOp | CacheOp, context: int) -> tuple[int, int]:
         """Lines of a head's K and V for `context` positions."""
@@ -336,8 +342,9 @@ class _Planner:
                 "use a machine with more matrix.interleave x matrix.columns"
             )
         positions = -(-context // self.machine.attention_block) * self.machine.attention_block
-        k = packed_bytes(depth, positions, self.machine, self.element, full=True)
-        v = packed_bytes(positions, size, self.machine, self.element)
+        element = FORMAT_BYTES[self.kv_format(op)]
+        k = packed_bytes(depth, positions, self.machine, element, full=True)
+        v = packed_bytes(positions, size, self.machine, element)
         return tuple(-(-n // PAGE_BYTES) * PAGE_BYTES // LINE_BYTES for n in (k, v))  # type: ignore[return-value]
 
     # Result ---------------------------------------------------------------------------------------------
@@ -380,7 +387,7 @@ class _Planner:
             parent = op.parent_op()
             parent = parent.parent_op() if isinstance(parent, PhaseOp) else parent
             layers = parent.count.value.data if isinstance(parent, ir.RepeatOp) else 1
-            total += layers * self.element * int(op.kv_words.value.data)
+            total += layers * FORMAT_BYTES[self.kv_format(op)] * int(op.kv_words.value.data)
         return total
 
     def _check_fit(self, addresses: AddressMap, kv_bytes: int, io: IoMap) -> None:

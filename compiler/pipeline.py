@@ -25,6 +25,7 @@ from typebar.compiler.passes.phases import PhasesPass
 from typebar.compiler.passes.quantise import QuantisePass
 from typebar.compiler.passes.recognise import Recognise, recognise
 from typebar.compiler.passes.reroll import Reroll
+from typebar.compiler.passes.scale_caches import ScaleCachesPass
 from typebar.compiler.passes.tensors import Tensors
 from typebar.compiler.problems import LoweringError
 from typebar.compiler.verify import verify
@@ -32,9 +33,10 @@ from typebar.isa.errors import TypebarError
 
 _FRONT = (Canonicalise, Recognise, ClassifyMasks, MakeIncremental, Reroll)
 _BACK = (PartitionPass, FusePass, HalvePass, PhasesPass, AllocatePass)
-PASSES: dict[str, type[ModulePass]] = {made.name: made for made in (*_FRONT, QuantisePass, *_BACK)}
+PASSES: dict[str, type[ModulePass]] = {made.name: made for made in (*_FRONT, ScaleCachesPass, QuantisePass, *_BACK)}
 """Every pass by its name, in the order in which they lead from a graph to a re-rolled step and on to an allocated
-program; `quantise` is for int8 weights, and those of the second half take options, such as `partition{devices=4}`."""
+program; `scale-caches` is for int8 K and V, `quantise` for int8 weights, and those of the second half take options,
+such as `partition{devices=4}`."""
 
 
 def parse(text: str) -> ModuleOp:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from typebar.host import generation
+from typebar.host.caching import Caching, Text
 from typebar.host.chat import Messages, chat_prompt
 from typebar.host.engine import Engine
 from typebar.host.facts import image_facts
@@ -60,6 +61,8 @@ def compile(
     plan: str | None = None,
     split: str | None = None,
     phase: str | None = None,
+    kv: str | None = None,
+    calibrate: Text | None = None,
 ) -> CompiledImage:
     """Compile a model for a ring of devices and write the image; the file appears complete or not at all.
 
@@ -69,8 +72,8 @@ def compile(
         out: the image to create or replace; not one of the model's own files.
         machine: a shipped machine's name, a .toml file, or a machine.
         devices: devices on the ring, 1 to 64.
-        weights: format of weights and caches in memory, fp16 or bf16; or int8, with a float32 scale for each column of
-            a matrix, and embeddings and caches in fp16.
+        weights: format of weights, K and V in memory, fp16 or bf16; or int8, with a float32 scale for each column of
+            a matrix, and embeddings, K and V in fp16.
         progress: called with bytes written and in total.
         config: what the model does not say: context, source_context, eos_token_id (one, several, or -1 for none),
             decoder_start_token_id, name.
@@ -81,6 +84,9 @@ def compile(
         split: what plans may do: `exact` (default) keeps the order of all additions, so that no plan changes a bit, nor
             does the number of devices; `fastest` may also split rows, whose partial sums are added in order of ranks.
         phase: what plans are fast for: `decode` (default) or `prefill`. An image has one plan for both.
+        kv: format of K and V, if not that of embeddings: int8, with a scale for each channel.
+        calibrate: for int8 K and V, a file of text like what the image is to run, or token ids of texts (each no longer
+            than the context): torch runs the model over it, token by token, to find the scales. A few thousand will do.
 
     Raises:
         TypebarError: in one line, for anything that the caller can mend.
@@ -91,7 +97,7 @@ def compile(
     target = machine if isinstance(machine, Machine) else Machine.load(os.fspath(machine))
     fmt = driver.weights_format(weights)
     driver.check_devices(devices)
-    planning = Planning(plan, split, phase)
+    planning, caching = Planning(plan, split, phase), Caching(kv, calibrate)
     path = Path(out)
     given, config = model_source(model, config)
     if isinstance(given, Path):
@@ -103,6 +109,7 @@ def compile(
         source = replace(source, tokenizer_json=tokenizer_json)
     if source.tokenizer_json is not None:
         TextTokenizer(source.tokenizer_json)
+    source = caching.of(source)
     made = driver.build(source, target, devices, fmt, planning.plan(source, target, devices, fmt))
     return CompiledImage(path, driver.write(made, path, progress))
 

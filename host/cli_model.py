@@ -25,10 +25,16 @@ if TYPE_CHECKING:
 
 
 class WeightFormat(StrEnum):
-    """Formats that weights are stored in; caches too, but with int8 they are fp16."""
+    """Formats that weights are stored in; K and V too, but with int8 weights they are fp16."""
 
     FP16 = "fp16"
     BF16 = "bf16"
+    INT8 = "int8"
+
+
+class KvFormat(StrEnum):
+    """Formats that K and V may be given apart from weights."""
+
     INT8 = "int8"
 
 
@@ -91,9 +97,13 @@ FACT_OPTIONS = {
     "eos_token_id": "--eos",
     "decoder_start_token_id": "--decoder-start",
 }
+_CACHE_OPTIONS = {"kv": "--kv", "calibrate": "--calibrate"}
 _LENGTH_OPTIONS = {"prompt_tokens": "--prompt-tokens", "new_tokens": "--new-tokens", "settings": "--set"}
 Weights = Annotated[
-    WeightFormat, typer.Option("--weights", help="Format of weights and caches; with int8, caches are fp16.")
+    WeightFormat, typer.Option("--weights", help="Format of weights, K and V; with int8, K and V are fp16.")
+]
+KvOption = Annotated[
+    KvFormat | None, typer.Option("--kv", help="Format of K and V, where it is not to be that of embeddings.")
 ]
 PlanOption = Annotated[
     PlanChoice | None,
@@ -166,6 +176,13 @@ def compile_(
     plan: PlanOption = None,
     split: SplitOption = None,
     phase: PhaseOption = None,
+    kv: KvOption = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXTFILE", help="With --kv int8: a text like those to be run, to find the ranges of K and V."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compile a model to an image for a ring of devices."""
@@ -176,7 +193,7 @@ def compile_(
 
     start = time.perf_counter()
     config = model_facts(context, source_context, eos, decoder_start)
-    with progress(f"compiling {model}", as_json) as update, as_options(FACT_OPTIONS):
+    with progress(f"compiling {model}", as_json) as update, as_options(FACT_OPTIONS | _CACHE_OPTIONS):
         made = api.compile(
             model,
             output,
@@ -185,6 +202,8 @@ def compile_(
             weights=weights.value,
             progress=update,
             config=config or None,
+            kv=None if kv is None else kv.value,
+            calibrate=calibrate,
             **_planning(plan, split, phase),
         )
     manifest, accounting = made.manifest, made.manifest.accounting
@@ -196,6 +215,7 @@ def compile_(
         "machine": manifest.machine.name,
         "devices": manifest.devices,
         "weights": manifest.weights_format,
+        "kv": accounting["kv_format"],
         "image_bytes": output.stat().st_size,
         "instructions": len(program) // WORD_BYTES,
         "program_bytes": len(program),
@@ -334,13 +354,14 @@ def simulate(
     plan: PlanOption = None,
     split: SplitOption = None,
     phase: PhaseOption = None,
+    kv: KvOption = None,
     as_json: Json = False,
 ) -> None:
     """Count the cycles of a generation, without computing it."""
     source = one_source("simulate", image, shape)
     from typebar.host import api
 
-    with progress(f"simulating {source}", as_json), as_options(_LENGTH_OPTIONS):
+    with progress(f"simulating {source}", as_json), as_options(_LENGTH_OPTIONS | _CACHE_OPTIONS):
         report = api.simulate(
             source,
             machine=machine,
@@ -351,6 +372,7 @@ def simulate(
             new_tokens=new_tokens,
             trace=trace,
             start=start,
+            kv=None if kv is None else kv.value,
             **_planning(plan, split, phase),
         )
     if as_json:

@@ -45,6 +45,7 @@ from numpy.typing import NDArray
 from typebar.compiler.emit.head import DESCRIPTOR_WORDS
 from typebar.compiler.memory import IoMap
 from typebar.compiler.plan import COLUMNS, Plan
+from typebar.host.caching import check_kv
 from typebar.host.facts import image_facts
 from typebar.host.generation import count_of
 from typebar.host.planning import Planning
@@ -136,6 +137,7 @@ def simulate(
     plan: str | None = None,
     split: str | None = None,
     phase: str | None = None,
+    kv: str | None = None,
 ) -> SimulationReport:
     """Time a generation on a ring of devices, without computing it.
 
@@ -152,15 +154,17 @@ def simulate(
         start: positions whose K and V are stored already, so that the prompt is at `start`; a token at a long context
             need not wait for all before it. With an encoder, a `start` other than 0 finds the source text encoded.
         plan, split, phase: how matrices go to the devices, as for `compile`; an image has its own plan.
+        kv: int8 K and V, whose scales cost no time; an image's own format, else that of embeddings.
 
     Raises:
         TypebarError: in one line, for anything that the caller can mend.
     """
     began = time.perf_counter()
     planning = Planning(plan, split, phase)
+    check_kv(kv)
     if trace is not None:
         check_output(trace, "trace")
-    subject = subject_of(source, machine, devices, weights, _texts(settings), planning)
+    subject = subject_of(source, machine, devices, weights, _texts(settings), planning, kv)
     report, result = measure(subject, prompt_tokens, new_tokens, start, trace=trace is not None)
     if trace is not None:
         from typebar.sim.trace import write_perfetto
@@ -224,6 +228,7 @@ def subject_of(
     weights: str | None,
     settings: Mapping[str, str],
     planning: Planning = _UNPLANNED,
+    kv: str | None = None,
 ) -> Subject:
     """What the arguments of `simulate` name.
 
@@ -240,7 +245,7 @@ def subject_of(
     path = Path(source)
     if path.is_dir() or not path.exists():
         chosen = (target or Machine.load(_DEFAULT_MACHINE)).override(settings)
-        return _compiled(source, chosen, _DEFAULT_DEVICES if devices is None else devices, weights, planning)
+        return _compiled(source, chosen, _DEFAULT_DEVICES if devices is None else devices, weights, planning, kv)
     if planning != _UNPLANNED:
         raise TypebarError("an image has its plan already: leave out plan, split and phase, or compile again with them")
     with Image.open(path, verify=False) as image:
@@ -255,6 +260,9 @@ def subject_of(
             raise TypebarError(
                 f"the image has {manifest.weights_format} weights, not {weights}: leave it out or compile for {weights}"
             )
+        stored = manifest.accounting.get("kv_format")
+        if kv not in (None, stored):
+            raise TypebarError(f"the image's K and V are not {kv}: leave kv out, or compile again with it")
         facts = image_facts(image)
         return Subject(
             image.program,
@@ -271,13 +279,19 @@ def subject_of(
 
 
 def _compiled(
-    source: str | os.PathLike[str], machine: Machine, devices: int, weights: str | None, planning: Planning
+    source: str | os.PathLike[str],
+    machine: Machine,
+    devices: int,
+    weights: str | None,
+    planning: Planning,
+    kv: str | None,
 ) -> Subject:
     from typebar.compiler import driver
+    from typebar.compiler.caches import int8_caches
 
     fmt = driver.weights_format(_DEFAULT_WEIGHTS if weights is None else weights)
     driver.check_devices(devices)
-    model = model_of(source)
+    model = model_of(source) if kv is None else int8_caches(model_of(source), None)
     return subject_from(driver.build(model, machine, devices, fmt, planning.plan(model, machine, devices, fmt)))
 
 

@@ -22,7 +22,7 @@ from typebar.compiler.emit.vectors import Emission
 from typebar.compiler.memory import CachePlace
 from typebar.compiler.scratch import Rows, overlapping, positions_of, rows_of
 from typebar.isa.errors import TypebarError
-from typebar.isa.instructions import FORMAT_BYTES, Function, Patch, Region, Scale, Source
+from typebar.isa.instructions import FORMAT_BYTES, Format, Function, Patch, Region, Scale, Source
 from typebar.isa.layout import packed_layout
 from typebar.isa.machine import LINE_BYTES
 from typebar.isa.program import Operand, Value, float_bits
@@ -41,6 +41,7 @@ class _Shape:
         context = positions_of(op, e.limits)
         self.stored = isinstance(op, AttendOp)
         self.length = reg(R.SOURCE if self.stored else R.LENGTH)
+        self.format = e.memory.caches[op].format
         self.blocks = context > e.machine.attention_block
         self.stride = e.machine.attention_block if self.blocks else e.limits.round(context)
         window = None if isinstance(op, AttendOp) or op.window is None else int(op.window.value.data)
@@ -69,7 +70,7 @@ def emit_attention(e: Emission, op: dev.AttentionOp | AttendOp) -> None:
     """All local heads: a loop over groups of heads, the heads that no whole group takes, and K and V to the cache."""
     build, cache, shape = e.build, e.memory.caches[op], _Shape(e, op)
     if not shape.stored:
-        cache_offsets(e, shape.depth, shape.size)
+        cache_offsets(e, shape.depth, shape.size, cache.format)
     scale = e.scratch(op)["scale"]
     build.add("vmov", b_from=_IMMEDIATE, imm=float_bits(op.scale.value.data), dst=scale, n=1)
     if shape.pad > shape.size:
@@ -122,9 +123,9 @@ def _emit_group(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, coun
             _single_block(e, op, shape, piece, count)
     for head in range(0 if shape.stored else count):
         k_line, v_line = _lines(e, op, head)
-        store_k(e, shape.k + head * shape.pad, shape.depth, k_line)
+        store_k(e, shape.k + head * shape.pad, shape.depth, k_line, shape.format)
         k_line, v_line = _lines(e, op, head)
-        store_v(e, shape.v + head * shape.pad, shape.size, v_line)
+        store_v(e, shape.v + head * shape.pad, shape.size, v_line, shape.format)
 
 
 def _lines(e: Emission, op: dev.AttentionOp | AttendOp, head: int) -> tuple[Operand, Operand]:
@@ -140,14 +141,14 @@ def _query(shape: _Shape, base: int, head: int, row: int) -> Operand:
     return reg(register, base + (head * shape.group + row) * shape.pad)
 
 
-def cache_offsets(e: Emission, depth: int, size: int, position: R = R.POSITION) -> None:
+def cache_offsets(e: Emission, depth: int, size: int, fmt: Format, position: R = R.POSITION) -> None:
     """K_BYTE and V_BYTE: byte offsets of the position in a register in a head's K and V."""
     build, matrix = e.build, e.machine.matrix
-    element = FORMAT_BYTES[e.format]
+    element = FORMAT_BYTES[fmt]
     block = e.machine.column_block
     for register, step, whole, part in (
-        (R.K_BYTE, block, k_block(e, depth), matrix.lanes * element),
-        (R.V_BYTE, matrix.lanes, v_chunk(e, size), element),
+        (R.K_BYTE, block, k_block(e, depth, fmt), matrix.lanes * element),
+        (R.V_BYTE, matrix.lanes, v_chunk(e, size, fmt), element),
     ):
         build.add("sshr", rd=int(register), a=reg(position), b=step.bit_length() - 1)
         build.add("smul", rd=int(register), a=reg(register), b=build.any_size(whole, R.T0))
@@ -156,14 +157,14 @@ def cache_offsets(e: Emission, depth: int, size: int, position: R = R.POSITION) 
         build.add("sadd", rd=int(register), a=reg(register), b=reg(R.T1))
 
 
-def k_block(e: Emission, depth: int) -> int:
+def k_block(e: Emission, depth: int, fmt: Format) -> int:
     """Bytes of a head's K from one column block of positions to the next."""
-    return packed_layout(depth, e.machine.column_block, e.machine, FORMAT_BYTES[e.format], True).bytes
+    return packed_layout(depth, e.machine.column_block, e.machine, FORMAT_BYTES[fmt], True).bytes
 
 
-def v_chunk(e: Emission, size: int) -> int:
+def v_chunk(e: Emission, size: int, fmt: Format) -> int:
     """Bytes of a head's V from one chunk of `lanes` positions to the next."""
-    return packed_layout(e.machine.matrix.lanes, size, e.machine, FORMAT_BYTES[e.format]).bytes
+    return packed_layout(e.machine.matrix.lanes, size, e.machine, FORMAT_BYTES[fmt]).bytes
 
 
 # Windows ------------------------------------------------------------------------------------------------
@@ -188,15 +189,15 @@ def _window(e: Emission, shape: _Shape) -> None:
         build.add("smin", rd=int(R.BLOCK_LENGTH), a=reg(R.PATCH, 1), b=reg(R.T0))
     else:
         build.add("sadd", rd=int(R.BLOCK_LENGTH), a=reg(R.PATCH), b=1)
-        skipped_lines(e, shape.depth, shape.size, R.CHUNK, R.V_LINE)
+        skipped_lines(e, shape.depth, shape.size, shape.format, R.CHUNK, R.V_LINE)
 
 
-def skipped_lines(e: Emission, depth: int, size: int, k: R, v: R) -> None:
+def skipped_lines(e: Emission, depth: int, size: int, fmt: Format, k: R, v: R) -> None:
     """Lines of K and of V that SKIP positions take."""
     build = e.build
     for register, step, taken in (
-        (k, e.machine.column_block, k_block(e, depth)),
-        (v, e.machine.matrix.lanes, v_chunk(e, size)),
+        (k, e.machine.column_block, k_block(e, depth, fmt)),
+        (v, e.machine.matrix.lanes, v_chunk(e, size, fmt)),
     ):
         build.add("sshr", rd=int(register), a=reg(R.SKIP), b=step.bit_length() - 1)
         build.add("smul", rd=int(register), a=reg(register), b=build.any_size(taken // LINE_BYTES, R.T0))
@@ -259,7 +260,7 @@ def _single_block(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, pi
             build.add("sadd", rd=int(R.T1), a=line, b=reg(R.CHUNK))
             line = reg(R.T1)
         build.add(
-            "matmul", format=int(e.format), region=_KV, full=1, scaling=int(Scale.WORD),
+            "matmul", format=int(shape.format), region=_KV, full=1, scaling=int(Scale.WORD),
             row_max=1, dst=_seen(shape, s[f"scores{head}"]), src=_query(shape, shape.q, head, first), k=shape.depth,
             n=length, line=line, outer=1, scale=s["scale"], maximum=s[f"maximum{head}"],
             **shape.patch(Patch.COLUMN, head, patch), **_score_options(e, shape, head, first, rows),
@@ -279,7 +280,7 @@ def _single_block(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, pi
             line = reg(R.T2)
         scaled: dict[str, int] = {"scaling": int(Scale.WORD), "scale": total(head)} if in_product else {}
         build.add(
-            "matmul", format=int(e.format), region=_KV, dst=part(head, 0),
+            "matmul", format=int(shape.format), region=_KV, dst=part(head, 0),
             src=_seen(shape, s[f"scores{head}"]), k=length, n=shape.size, line=line, outer=1,
             **shape.patch(Patch.LANE, head, patch), **scaled,
             **_value_rows(shape, rows, shape.pad),
@@ -318,7 +319,7 @@ def _value_rows(shape: _Shape, rows: int, pad: int) -> dict[str, int]:
 # Several blocks -----------------------------------------------------------------------------------------
 def _blocks(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, piece: int) -> None:
     build, s, block = e.build, e.scratch(op), e.machine.attention_block
-    element = FORMAT_BYTES[e.format]
+    element = FORMAT_BYTES[shape.format]
     first, rows = piece * shape.taken.rows, shape.taken.of_piece(piece, shape.group)
     if overlapping(op):
         _overlapping(e, op, shape, first, rows)
@@ -365,11 +366,11 @@ def _blocks(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, piece: i
 
 def _overlapping(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, first: int, rows: int) -> None:
     """The blocks of heads without a window or biases, one block's scores beside another's softmax."""
-    build, block, element = e.build, e.machine.attention_block, FORMAT_BYTES[e.format]
+    build, block, element = e.build, e.machine.attention_block, FORMAT_BYTES[shape.format]
     build.add("sadd", rd=int(R.CHUNK), a=reg(R.K_LINE), b=0)
     build.add("sadd", rd=int(R.V_LINE), a=reg(R.K_LINE), b=build.any_size(e.memory.caches[op].v_offset, R.T0))
     column, lane = (shape.patch(kind, 0, Operand()) for kind in (Patch.COLUMN, Patch.LANE))
-    both: dict[str, Value] = {"format": int(e.format), "region": _KV, "outer": 1}
+    both: dict[str, Value] = {"format": int(shape.format), "region": _KV, "outer": 1}
     scores = both | {"full": 1, "scaling": int(Scale.WORD), "row_max": 1, "k": shape.depth} | column
     scores |= {"src": _query(shape, shape.q, 0, first)} | _score_options(e, shape, 0, first, rows)
     values = both | {"n": shape.size} | lane | _value_rows(shape, rows, shape.pad)
@@ -397,13 +398,13 @@ def _one_block(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, first
     length = total = reg(R.BLOCK_LENGTH)
     k_line, v_line = reg(R.CHUNK), reg(R.V_LINE)
     if shape.window is not None:
-        skipped_lines(e, shape.depth, shape.size, R.T1, R.T2)
+        skipped_lines(e, shape.depth, shape.size, shape.format, R.T1, R.T2)
         build.add("sadd", rd=int(R.T1), a=reg(R.T1), b=k_line)
         build.add("sadd", rd=int(R.T2), a=reg(R.T2), b=v_line)
         k_line, v_line = reg(R.T1), reg(R.T2)
     maximum, running, correction = s["maximum"], s["running_maximum"], s["correction"]
     build.add(
-        "matmul", format=int(e.format), region=_KV, full=1, scaling=int(Scale.WORD), row_max=1,
+        "matmul", format=int(shape.format), region=_KV, full=1, scaling=int(Scale.WORD), row_max=1,
         dst=_seen(shape, s["scores"]), src=_query(shape, shape.q, 0, first), k=shape.depth, n=length, line=k_line,
         outer=1, scale=s["scale"], maximum=maximum, **shape.patch(Patch.COLUMN, 0, reg(R.PATCH)),
         **_score_options(e, shape, 0, first, rows),
@@ -422,7 +423,7 @@ def _one_block(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, first
     build.add("vmul", dst=s["running_sum"], a=s["running_sum"], b=correction, n=rows)
     build.add("vadd", dst=s["running_sum"], a=s["running_sum"], b=s["sum"], n=rows)
     build.add(
-        "matmul", format=int(e.format), region=_KV,
+        "matmul", format=int(shape.format), region=_KV,
         dst=s["part"], src=seen[0], k=length, n=shape.size, line=v_line, outer=1,
         **shape.patch(Patch.LANE, 0, reg(R.PATCH)), **_value_rows(shape, rows, shape.pad),
     )  # fmt: skip
@@ -433,13 +434,13 @@ def _one_block(e: Emission, op: dev.AttentionOp | AttendOp, shape: _Shape, first
 
 
 # The cache ----------------------------------------------------------------------------------------------
-def store_k(e: Emission, k: int, depth: int, line: Operand, offset: R = R.OFFSET) -> None:
+def store_k(e: Emission, k: int, depth: int, line: Operand, fmt: Format, offset: R = R.OFFSET) -> None:
     """A position's K of the head at word `k` + R[offset], to `line`: one column, `lanes` elements a chunk.
 
     Raises:
         TypebarError: the head's last, partial chunk starts between vectors' bases.
     """
-    build, lanes, element = e.build, e.machine.matrix.lanes, FORMAT_BYTES[e.format]
+    build, lanes, element = e.build, e.machine.matrix.lanes, FORMAT_BYTES[fmt]
     chunk_bytes = e.machine.column_block * lanes * element
     whole, rest = divmod(depth, lanes)
     if rest and whole * lanes % e.limits.align:
@@ -448,15 +449,15 @@ def store_k(e: Emission, k: int, depth: int, line: Operand, offset: R = R.OFFSET
             f" vector.align = {e.limits.align}: take a machine on which it is"
         )
     if whole:
-        build.add("store", format=int(e.format), region=_KV, a=reg(offset, k), line=line, byte=reg(R.K_BYTE),
+        build.add("store", format=int(fmt), region=_KV, a=reg(offset, k), line=line, byte=reg(R.K_BYTE),
                   outer=whole, inner=lanes, outer_bytes=chunk_bytes, inner_bytes=element)  # fmt: skip
     if rest:
-        build.add("store", format=int(e.format), region=_KV, a=reg(offset, k + whole * lanes), line=line,
+        build.add("store", format=int(fmt), region=_KV, a=reg(offset, k + whole * lanes), line=line,
                   byte=reg(R.K_BYTE, whole * chunk_bytes), outer=1, inner=rest, inner_bytes=element)  # fmt: skip
 
 
-def store_v(e: Emission, v: int, size: int, line: Operand, offset: R = R.OFFSET) -> None:
+def store_v(e: Emission, v: int, size: int, line: Operand, fmt: Format, offset: R = R.OFFSET) -> None:
     """A position's V of the head at word `v` + R[offset], to `line`: one lane of every column."""
-    stride = e.machine.matrix.lanes * FORMAT_BYTES[e.format]
-    e.build.add("store", format=int(e.format), region=_KV, a=reg(offset, v), line=line, byte=reg(R.V_BYTE),
+    stride = e.machine.matrix.lanes * FORMAT_BYTES[fmt]
+    e.build.add("store", format=int(fmt), region=_KV, a=reg(offset, v), line=line, byte=reg(R.V_BYTE),
                 outer=1, inner=size, inner_bytes=stride)  # fmt: skip

@@ -117,9 +117,9 @@ def _store(e: RowsEmission, op: dev.AttentionOp, shape: _Shape) -> None:
     build.constant(R.BLOCK, 0)
     build.label(token)
     build.add("sadd", rd=int(R.CHUNK), a=reg(R.POSITION), b=reg(R.BLOCK))
-    cache_offsets(e, shape.depth, shape.size, R.CHUNK)
-    store_k(e, k, shape.depth, reg(R.K_LINE))
-    store_v(e, v, shape.size, build.line(shape.cache.v_offset, R.K_LINE, R.T2), R.GROUP)
+    cache_offsets(e, shape.depth, shape.size, shape.cache.format, R.CHUNK)
+    store_k(e, k, shape.depth, reg(R.K_LINE), shape.cache.format)
+    store_v(e, v, shape.size, build.line(shape.cache.v_offset, R.K_LINE, R.T2), shape.cache.format, R.GROUP)
     build.increase(R.OFFSET, e.layout.stride(op.k))
     build.increase(R.GROUP, e.layout.stride(op.v))
     build.increase(R.BLOCK, 1)
@@ -153,7 +153,7 @@ def _see(e: RowsEmission, shape: _Shape) -> None:
     for register in (R.LOW, R.HIGH, R.BLOCK_LENGTH):
         build.add("ssub", rd=int(register), a=reg(register), b=reg(R.SKIP))
     if not shape.blocks:
-        skipped_lines(e, shape.depth, shape.size, R.CHUNK, R.V_LINE)
+        skipped_lines(e, shape.depth, shape.size, shape.cache.format, R.CHUNK, R.V_LINE)
 
 
 def _seen(shape: _Shape, address: int) -> Operand:
@@ -179,7 +179,7 @@ def _scores(e: RowsEmission, shape: _Shape, head: int, first: int, slot: int, li
     if not shape.own:
         options |= {"row_max": 1, "maximum": s[f"maximum{slot}"]}
     build.add(
-        "matmul", format=int(e.format), region=_KV, full=1, scaling=int(Scale.WORD), scale=s["scale"],
+        "matmul", format=int(shape.cache.format), region=_KV, full=1, scaling=int(Scale.WORD), scale=s["scale"],
         dst=_seen(shape, s[f"scores{slot}"]), src=shape.at(shape.q, head, first), k=shape.depth, n=_length(shape),
         line=line, outer=reg(e.held), inner=inner, src_outer=shape.q_row, src_inner=shape.pad,
         dst_outer=inner * shape.stride, dst_inner=shape.stride, **options,
@@ -235,7 +235,7 @@ def _values(
 ) -> None:
     """Weights times V to rows `strides` apart: from token to token, from head to head."""
     e.build.add(
-        "matmul", format=int(e.format), region=_KV, dst=dst, src=_seen(shape, shape.scratch[f"scores{slot}"]),
+        "matmul", format=int(shape.cache.format), region=_KV, dst=dst, src=_seen(shape, shape.scratch[f"scores{slot}"]),
         k=_length(shape), n=shape.size, line=line, outer=reg(e.held), inner=inner, src_outer=inner * shape.stride,
         src_inner=shape.stride, dst_outer=strides[0], dst_inner=strides[1],
     )  # fmt: skip
@@ -275,7 +275,7 @@ def _single_block(e: RowsEmission, shape: _Shape, first: int, count: int) -> Non
 # Several blocks ---------------------------------------------------------------------------------------------
 def _blocks(e: RowsEmission, shape: _Shape, first: int) -> None:
     """A running maximum, sum and result for each row. A row that a block shows nothing to keeps what it has."""
-    build, s, element = e.build, shape.scratch, FORMAT_BYTES[e.format]
+    build, s, element = e.build, shape.scratch, FORMAT_BYTES[shape.cache.format]
     rows = e.most * shape.query_heads(first)
     build.add("vmov", b_from=_IMMEDIATE, imm=float_bits(MASKED_SCORE), dst=s["running_maximum"], n=rows)
     build.add("vmov", b_from=_IMMEDIATE, dst=s["running_sum"], n=rows)
@@ -314,7 +314,7 @@ def _one_block(e: RowsEmission, shape: _Shape, first: int) -> None:
     rows = e.most * inner
     k_line, v_line = reg(R.CHUNK), reg(R.V_LINE)
     if shape.window is not None:
-        skipped_lines(e, shape.depth, shape.size, R.T1, R.T2)
+        skipped_lines(e, shape.depth, shape.size, shape.cache.format, R.T1, R.T2)
         build.add("sadd", rd=int(R.T1), a=reg(R.T1), b=k_line)
         build.add("sadd", rd=int(R.T2), a=reg(R.T2), b=v_line)
         k_line, v_line = reg(R.T1), reg(R.T2)

@@ -61,14 +61,14 @@ def emit_cache(e: Emission, op: CacheOp) -> None:
     build, cache = e.build, e.memory.caches[op]
     heads, size, depth, pad = (int(a.value.data) for a in (op.heads, op.head_dim, op.depth, op.pad))
     k, v = e.address(op.k) + int(op.k_at.value.data), e.address(op.v) + int(op.v_at.value.data)
-    cache_offsets(e, depth, size)
+    cache_offsets(e, depth, size, cache.format)
     build.constant(R.OFFSET, 0)
     start_heads(e, cache)
     loop = build.fresh("heads")
     if heads > 1:
         build.label(loop)
-    store_k(e, k, depth, reg(R.K_LINE))
-    store_v(e, v, size, build.line(cache.v_offset, R.K_LINE, R.T2))
+    store_k(e, k, depth, reg(R.K_LINE), cache.format)
+    store_v(e, v, size, build.line(cache.v_offset, R.K_LINE, R.T2), cache.format)
     if heads > 1:
         build.increase(R.OFFSET, pad)
         build.increase(R.K_LINE, cache.head_stride)

@@ -212,6 +212,7 @@ def self_attention(worker: Partitioner, op: ir.AttentionOp) -> None:
             kv_words,
             window,
             bias,
+            None if op.kv_format is None else op.kv_format.data,
         )
     worker.keep(made, op, (heads * size, size, pad, not whole))
     if parts[2].factor != 1.0:
