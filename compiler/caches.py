@@ -23,7 +23,7 @@ from typebar.isa.errors import TypebarError
 
 F32 = NDArray[np.float32]
 LARGEST = 127
-MARGIN = 1.25
+MARGIN = 1.5
 """How far beyond the calibration's range a value may go."""
 _SMALLEST = np.finfo(np.float32).smallest_normal
 """The machine takes smaller numbers as zero."""

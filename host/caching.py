@@ -66,7 +66,7 @@ def _texts(given: Text, model: FrontendModel) -> list[list[int]]:
         return [[int(token) for token in text] for text in given]
     from typebar.host.cli_output import read_text
 
-    text = read_text(os.fspath(given), "the text to calibrate with")
+    text = read_text(os.fspath(given), "the calibration text")
     if model.tokenizer_json is None:
         raise TypebarError("the model has no tokenizer to calibrate with a text: give calibrate token ids")
     ids, context = TextTokenizer(model.tokenizer_json).encode(text), int(model.config["context"])

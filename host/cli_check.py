@@ -88,7 +88,7 @@ def compare(
     from typebar.host.compare import compare as run
 
     ids = None if prompt_ids is None else token_ids(prompt_ids)
-    with progress(f"comparing {image}", as_json), as_options({"input_ids": "--prompt-ids"}):
+    with progress(f"comparing {image}", as_json), as_options({"input_ids": "--prompt-ids", "against": "--against"}):
         found = run(image, prompt, ids, against)
     if plot is not None:
         from typebar.host.compare_plot import draw

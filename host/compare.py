@@ -109,11 +109,17 @@ def compare(
         new_tokens: for a model with an encoder, the tokens of torch float32's answer that its decoder is given.
 
     Raises:
-        TypebarError: no prompt or two, too long a one, or a model that is not the image's.
+        TypebarError: no prompt or two, too long a one, a model that is not the image's, or one given for an image with
+            int8 K and V.
     """
     with Image.open(os.fspath(image)) as opened:
         lookup = packed = unpack_weights(opened)
         if against is not None:
+            if opened.manifest.accounting.get("kv_format") == "int8":
+                raise TypebarError(
+                    "int8 K and V have their scales in the image's weights, which a model's own are not comparable "
+                    "with: leave out against"
+                )
             lookup, packed = _source_lookups(against, opened.manifest.weights_format)
         points = find_points(opened)
         fed = _feed(opened, points, lookup, prompt, input_ids, new_tokens)
