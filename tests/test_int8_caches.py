@@ -97,7 +97,8 @@ def scaled(place: str) -> FrontendModel:
     q, k = w.emit("scale", [q], {"value": "5.0e-01 : f32"}, 32), w.emit("scale", [k], {"value": "7.0e-01 : f32"}, 32)
     if place == "v":
         v = w.emit("scale", [v], {"value": "3.0e+00 : f32"}, 32)
-    q, k = w.rotary(q, 4, 8), w.rotary(k, 4, 8)
+    if place != "gate":
+        q, k = w.rotary(q, 4, 8), w.rotary(k, 4, 8)
     out = w.attention(q, k, v, 4, 4)
     if place == "gate":
         out = w.binary("mul", out, w.linear(x, 32, "gate"))
