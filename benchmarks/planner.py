@@ -20,8 +20,8 @@ from typing import Any
 
 from typebar.compiler.driver import build
 from typebar.compiler.frontend import FrontendModel, load_model
-from typebar.compiler.plan import COLUMNS, EXACT, FASTEST, SPLITS
-from typebar.compiler.planner import PHASES, Proposal, propose
+from typebar.compiler.plan import COLUMNS, EXACT, FASTEST, PHASES, SPLITS
+from typebar.compiler.planner import Proposal, propose
 from typebar.host.planning import pass_cycles
 from typebar.isa.instructions import Format
 from typebar.isa.machine import Machine

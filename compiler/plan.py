@@ -11,6 +11,9 @@ from typebar.isa.errors import TypebarError
 EXACT, FASTEST = "exact", "fastest"
 SPLITS = (EXACT, FASTEST)
 """Only splits that keep the order of all additions, so that bits are equal on any number of devices; or all splits."""
+DECODE, PREFILL = "decode", "prefill"
+PHASES = (DECODE, PREFILL)
+"""What a plan is chosen for. An image has one: the devices' shards follow from it, and both phases read them."""
 
 
 @dataclass(frozen=True)

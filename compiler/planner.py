@@ -21,17 +21,17 @@ from typebar.compiler.cost_units import matmul_rows
 from typebar.compiler.driver import Compiled, allocated, as_stored, build
 from typebar.compiler.frontend import FrontendModel
 from typebar.compiler.memory import program_of
-from typebar.compiler.plan import COLUMNS, EXACT, FASTEST, SPLITS, Plan
+from typebar.compiler.plan import COLUMNS, DECODE, EXACT, FASTEST, PHASES, SPLITS, Plan
 from typebar.isa import timing
 from typebar.isa.errors import TypebarError
 from typebar.isa.instructions import FORMAT_BYTES, Format
 from typebar.isa.machine import Machine
 
-DECODE, PREFILL = "decode", "prefill"
-PHASES = (DECODE, PREFILL)
-"""What a plan is chosen for: a generated token at `POSITION`, or the time to the first after `PROMPT` tokens."""
 POSITION, PROMPT = 128, 64
-"""Shorter models: as many as they have place for."""
+"""Plans are compared by a generated token at `POSITION`, or by the time to the first after `PROMPT` tokens.
+
+Shorter models: as many as they have place for.
+"""
 SIMULATED = 3
 """Plans that a simulator is asked about, best first."""
 _ALIKE = 1.001

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from typebar.compiler.plan import EXACT, FASTEST, SPLITS, Plan
+from typebar.compiler.plan import DECODE, EXACT, FASTEST, PHASES, SPLITS, Plan
 from typebar.isa.errors import TypebarError
 from typebar.isa.machine import Machine
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 MODEL, SIMULATE, COLUMNS = "model", "simulate", "columns"
 PLANS = (MODEL, SIMULATE, COLUMNS)
 """A plan by the analytical model; by the timing simulator, among the model's best; or columns and heads alone."""
-PHASES = ("decode", "prefill")
-"""What a plan is chosen for. An image has one: the devices' shards follow from it, and both phases read them."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,11 @@ class Planning:
             return plan.COLUMNS
         simulate = pass_cycles if self.how == SIMULATE else None
         return planner.choose(
-            model, machine, devices, fmt, self.phase or planner.DECODE, self.split or EXACT, simulate=simulate
+            model, machine, devices, fmt, self.phase or DECODE, self.split or EXACT, simulate=simulate
         )
 
 
-def pass_cycles(made: Compiled, phase: str = PHASES[0]) -> float:
+def pass_cycles(made: Compiled, phase: str = DECODE) -> float:
     """Cycles of a phase in the timing simulator, where the analytical model compares plans.
 
     For `decode` those of a token at `compiler.planner.POSITION`, for `prefill` those to the first token of a prompt.
@@ -74,7 +72,7 @@ def pass_cycles(made: Compiled, phase: str = PHASES[0]) -> float:
     Raises:
         TypebarError: the program stops with a trap.
     """
-    from typebar.compiler.planner import DECODE, lengths
+    from typebar.compiler.planner import lengths
     from typebar.host.report import measure, subject_from
 
     subject = subject_from(made)

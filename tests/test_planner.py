@@ -13,8 +13,8 @@ from typebar.compiler.cost import CostModel
 from typebar.compiler.cost_units import matmul_rows, matmul_steps
 from typebar.compiler.driver import Compiled, build
 from typebar.compiler.frontend import FrontendModel, load_model
-from typebar.compiler.plan import COLUMNS, EXACT, FASTEST, Plan
-from typebar.compiler.planner import DECODE, PHASES, PREFILL, SIMULATED, choose, propose
+from typebar.compiler.plan import COLUMNS, DECODE, EXACT, FASTEST, PHASES, PREFILL, Plan
+from typebar.compiler.planner import SIMULATED, choose, propose
 from typebar.host.planning import pass_cycles
 from typebar.host.report import measure, subject_from
 from typebar.isa.errors import TypebarError
