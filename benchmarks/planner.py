@@ -3,10 +3,14 @@
     python benchmarks/planner.py [--shapes gpt2,...] [--devices 1,2,...] [--set KEY=VALUE]... [--json]
 
 For each point, with `--split exact` and `fastest`: the simulated cycles of a token, or to the first token, under the
-plan chosen by the analytical model; how far that is behind the best plan found; how much faster than columns alone; and
-the largest error of the model over the plans simulated. These are all that the planner considers within `NEAR` of its
-best, and columns: one that the model puts further behind could be the simulator's best only if the model erred by more
-than that, and the errors printed say how far it errs.
+plan chosen by the analytical model; how far that is behind the best plan simulated; how much faster than columns alone;
+and the largest error of the model over the plans simulated.
+
+Simulated are columns alone and all plans that the planner costs within `NEAR` of its best of the split. All shapes here
+have less than `planner.MOST` combinations, so that each is costed, but for those that cannot be compiled and those
+whose rows from HBM alone take as long as the model gives columns alone. So a plan that is not simulated could be the
+simulator's best only if the model put it too high by more than `NEAR`, or columns too low by more than they are behind
+the best; the errors printed say how far it errs where both have spoken.
 """
 
 from __future__ import annotations

@@ -3,26 +3,30 @@
 After Pope et al., "Efficiently Scaling Transformer Inference" (MLSys 2023), a pass takes the longer of its memory's
 time and its computing's, and communication between devices comes on top. On this machine they overlap in a known way:
 the fetch engine runs ahead of everything, as far as the FIFO and the issue queues reach, and what does not overlap is
-the chain of instructions that wait for one another. So the model follows one device through the compiled program with a
-clock for each unit, and every instruction costs what the contract's own formulas say (`typebar.isa.timing`):
+the chain of instructions that wait for one another. So the model follows the first device and the last through the
+compiled program with a clock for each unit, and every instruction costs what the contract's own formulas say
+(`typebar.isa.timing`):
 
 - what is closed: a matmul is one step, however many rows it streams (`matmul_steps`, `matmul_rows`); memory slots are a
-  rate; devices are equal, so that a gather takes `gather_cycles`;
+  rate;
+- devices meet at gathers, each of which starts when it can (`gather_done`). Those between the first and the last are
+  taken to be as the first: the last has fewer tokens of a block, or other work (`tbd.last`), the others are alike;
 - layers that take the same time are not followed one by one: when two in a row took the same, the rest are added up.
 
 What an instruction touches, how long it takes and who waits for whom is the contract's, so that new instructions and
-other latencies need no change here. Left out are write slots that hit, stalls, and devices with a short last share.
+other latencies need no change here. Left out are write slots that hit, and stalls.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from typebar.compiler.cost_units import Units
+from typebar.compiler.cost_units import Units, meet
 from typebar.compiler.driver import Compiled
 from typebar.compiler.emit.head import DESCRIPTOR_WORDS
 from typebar.isa.errors import TypebarError
-from typebar.isa.instructions import BY_NAME, COUNT_REGISTER, SCALAR_REGISTERS, Region, Unit
+from typebar.isa.instructions import BY_NAME, COUNT_REGISTER, DEVICE_REGISTER, SCALAR_REGISTERS, Region, Unit
 from typebar.isa.machine import LINE_BYTES
 from typebar.isa.program import tables
 from typebar.isa.timing import OP, SLOAD, SSTORE, timing_parameters
@@ -96,11 +100,19 @@ class CostModel:
             )
         given = {"start": start, "count": tokens, "new": new, "eos": -1, "source": SOURCE_TOKENS}
         first = self.made.memory.io.descriptor_line * LINE_BYTES
-        walk = _Walk(self, {first + 4 * DESCRIPTOR_WORDS[name]: value for name, value in given.items()})
-        walk.token_bytes = self.made.memory.io.tokens_line * LINE_BYTES + 4 * (start + tokens)
-        walk.run(self.made.program.labels["main"])
-        assert walk.first is not None
-        return walk.first, walk.units.cost()
+        io = {first + 4 * DESCRIPTOR_WORDS[name]: value for name, value in given.items()}
+        token = self.made.memory.io.tokens_line * LINE_BYTES + 4 * (start + tokens)
+        walks = [_Walk(self, rank, io, token) for rank in sorted({0, self.made.devices - 1})]
+        for stops in zip(*(walk.run(self.made.program.labels["main"]) for walk in walks), strict=True):
+            gathered, amount = stops[0]
+            if gathered:
+                meet([walk.units for walk in walks], amount)
+            elif all(walk.steady() for walk in walks):
+                layer = walks[0].layer()
+                for walk in walks:
+                    walk.skip(layer, amount)
+        assert walks[0].first is not None
+        return walks[0].first, walks[0].units.cost()
 
 
 @dataclass
@@ -114,35 +126,55 @@ class _Pass:
 
 
 class _Walk:
-    """One run of a program on one device: its scalar core, and the clocks of its units."""
+    """One run of a program on the device `rank`: its scalar core, and the clocks of its units.
 
-    def __init__(self, model: CostModel, io: dict[int, int]) -> None:
-        self.code, self.layers, self.io = model.code, model.layers, io
+    `io` has the words that the host wrote, by byte, and `token` is the byte of the first new one.
+    """
+
+    def __init__(self, model: CostModel, rank: int, io: dict[int, int], token: int) -> None:
+        self.code, self.layers, self.io, self.token = model.code, model.layers, io, token
         self.units = Units(model.p, model.made.devices)
         self.registers = [0] * SCALAR_REGISTERS
-        self.registers[COUNT_REGISTER] = model.made.devices
-        self.token_bytes = 0
+        self.registers[COUNT_REGISTER], self.registers[DEVICE_REGISTER] = model.made.devices, rank
         self.first: Cost | None = None
         self.passes: list[_Pass] = []
 
-    def run(self, entry: int) -> None:
-        """All from `entry` to the halt."""
-        pc, registers, units = entry, self.registers, self.units
+    def run(self, entry: int) -> Iterator[tuple[bool, int]]:
+        """All from `entry` to the halt, but for what devices do together, where the caller goes on.
+
+        That is a gather, true and its words, which waits for `Units.gathered`; and the end of a layer that is not the
+        last, false and the layers still to come, which may be skipped.
+        """
+        pc, units = entry, self.units
         while pc >= 0:
-            opcode, count, unit, modifiers, sources, immediates = self.code[pc]
-            values = [registers[sources[i]] + immediates[i] for i in range(count)]
+            opcode, _, unit, modifiers, _, _ = self.code[pc]
+            values = self.values(pc)
             if unit == Unit.SCALAR:
+                if OP["beq"] <= opcode <= OP["bge"] and modifiers[0] in self.layers and modifiers[0] <= pc:
+                    if _taken(opcode, values):
+                        self.passes.append(_Pass(list(self.registers), units.cost(), units.fetch, units.rows))
+                        yield False, values[1] - values[0]
+                        values = self.values(pc)
+                    if not _taken(opcode, values):
+                        self.passes = []
                 pc = self.scalar(opcode, modifiers, values, pc)
-                registers[0] = 0
+                self.registers[0] = 0
                 continue
             done = units.issue(opcode, unit, modifiers, values)
-            if opcode == SLOAD:
+            if unit == Unit.RING:
+                yield True, values[2]
+            elif opcode == SLOAD:
                 units.time = max(units.time, done)
                 if modifiers[1]:
-                    registers[modifiers[1]] = self.io.get(self.byte(modifiers, values), 0)
-            elif opcode == SSTORE and self.first is None and self.byte(modifiers, values) == self.token_bytes:
+                    self.registers[modifiers[1]] = self.io.get(self.byte(modifiers, values), 0)
+            elif opcode == SSTORE and self.first is None and self.byte(modifiers, values) == self.token:
                 self.first = units.cost(done)
             pc += 1
+
+    def values(self, pc: int) -> list[int]:
+        """The operands of an instruction."""
+        _, count, _, _, sources, immediates = self.code[pc]
+        return [self.registers[sources[i]] + immediates[i] for i in range(count)]
 
     @staticmethod
     def byte(modifiers: list[int], values: list[int]) -> int:
@@ -162,37 +194,41 @@ class _Walk:
         elif opcode == OP["sli"]:
             registers[modifiers[0]] = modifiers[1]
         elif OP["beq"] <= opcode <= OP["bge"]:
-            return self.branch(opcode, modifiers[0], values, pc)
+            if _taken(opcode, values):
+                units.time += units.p.branch_cycles - 1
+                return modifiers[0]
         else:
             registers[modifiers[0]] = _arithmetic(opcode, values[0], values[1])
         return pc + 1
 
-    def branch(self, opcode: int, target: int, values: list[int], pc: int) -> int:
-        a, b = values
-        taken = {OP["beq"]: a == b, OP["bne"]: a != b, OP["blt"]: a < b, OP["bge"]: a >= b}[opcode]
-        if target in self.layers and target <= pc and (not taken or self.skipped(b - a)):
-            self.passes = []
-            return pc + 1
-        if taken:
-            self.units.time += self.units.p.branch_cycles - 1
-            return target
-        return pc + 1
+    def layer(self) -> Cost:
+        """What the last layer cost."""
+        return self.passes[-1].cost - self.passes[-2].cost
 
-    def skipped(self, left: int) -> bool:
-        """Go past the `left` layers still to come, if the last two took the same; layers count by one."""
-        units = self.units
-        self.passes.append(_Pass(list(self.registers), units.cost(), units.fetch, units.rows))
+    def steady(self) -> bool:
+        """Whether the last two layers took the same."""
         if len(self.passes) < 3:
             return False
         oldest, older, last = self.passes[-3:]
         layer, before = last.cost - older.cost, older.cost - oldest.cost
-        steady = abs(layer.cycles - before.cycles) <= _SAME * layer.cycles
-        if not steady or abs(last.fetch - older.fetch - layer.cycles) > _SAME * layer.cycles:
+        if abs(layer.cycles - before.cycles) > _SAME * layer.cycles:
             return False
-        units.skip(layer, left, last.rows - older.rows)
+        return abs(last.fetch - older.fetch - layer.cycles) <= _SAME * layer.cycles
+
+    def skip(self, layer: Cost, left: int) -> None:
+        """Go past the `left` layers still to come, each of which costs the same; layers count by one."""
+        older, last = self.passes[-2:]
+        self.units.skip(layer, left, last.rows - older.rows)
         for i, (now, then) in enumerate(zip(last.registers, older.registers, strict=True)):
             self.registers[i] += (now - then) * left
-        return True
+
+
+def _taken(opcode: int, values: list[int]) -> bool:
+    """Whether a branch is."""
+    a, b = values
+    if opcode in (OP["beq"], OP["bne"]):
+        return (a == b) == (opcode == OP["beq"])
+    return (a < b) == (opcode == OP["blt"])
 
 
 def _arithmetic(opcode: int, a: int, b: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import product
 from typing import TYPE_CHECKING
 
 from typebar.isa import timing
@@ -75,6 +76,8 @@ class Units:
         self.terms = dict.fromkeys(("hbm", "compute", "vector", "ring"), 0.0)
         self.slot = p.write_period / (p.write_period - 1)
         self.accesses: dict[tuple[int, int], int] = {}
+        self.gathering: float = 0
+        self.pending: Ranges = []
 
     def cost(self, cycles: float | None = None) -> Cost:
         """All so far, or up to a cycle that has come: until the matrix unit is free."""
@@ -88,8 +91,9 @@ class Units:
         self.free[_MATRIX] = max(self.free[_MATRIX], self.time)
 
     def read(self, word: int) -> None:
-        """A scalar read of a word."""
-        self.time = max(self.time - 1, self.written[word // self.p.segment_words][0]) + self.p.read_latency
+        """A scalar read of a word, after all gathers, through whose port it goes."""
+        ready = max(self.written[word // self.p.segment_words][0], self.done[_RING])
+        self.time = max(self.time - 1, ready) + self.p.read_latency
 
     def skip(self, each: Cost, times: int, rows: int) -> None:
         """Let `times` stretches pass that cost `each` and fetch so many rows, and leave everything else as it is."""
@@ -108,7 +112,7 @@ class Units:
 
     # Issue and hazards ------------------------------------------------------------------------------------
     def issue(self, opcode: int, unit: int, modifiers: Sequence[int], values: Sequence[int]) -> float:
-        """Issue an instruction to a unit as soon as its queue has a place; when it is done."""
+        """Issue an instruction to a unit as soon as its queue has a place; when it is done, or a gather starts."""
         queue = self.starts[unit]
         if len(queue) == queue.maxlen:
             self.time = max(self.time, queue[0])
@@ -227,12 +231,15 @@ class Units:
         return done
 
     def gather(self, values: Sequence[int]) -> float:
-        """An all-gather that all devices begin together."""
-        ranges = self.ranges(timing.gather_accesses(values, self.devices, self.accesses))
-        took = timing.gather_cycles(self.p, values[2], self.devices)
-        self.free[_RING] = self.begin(_RING, ranges) + took
-        self.terms["ring"] += took
-        return self.finish(_RING, ranges, self.free[_RING])
+        """An all-gather up to its start; `gathered` has the rest, when all devices have come to theirs."""
+        self.pending = self.ranges(timing.gather_accesses(values, self.devices, self.accesses))
+        self.terms["ring"] += timing.gather_cycles(self.p, values[2], self.devices)
+        self.gathering = self.begin(_RING, self.pending)
+        return self.gathering
+
+    def gathered(self, done: float) -> None:
+        """The gather in hand is done."""
+        self.free[_RING] = self.finish(_RING, self.pending, done)
 
     # Matrix unit and fetch engine ---------------------------------------------------------------------------
     def matmul(self, modifiers: Sequence[int], values: Sequence[int]) -> float:
@@ -295,6 +302,26 @@ class Units:
             return 0
         first, last, start, end = self.eaten[0]
         return start + (end - start) * max(0, rows - first) / (last - first)
+
+
+def meet(ring: Sequence[Units], n: int) -> None:
+    """Complete the gather of n words in hand on the first device of a ring and, if it is another, on the last.
+
+    Devices between them start with the first. Starts count in whole cycles from the first device's, so that gathers of
+    layers that are alike are worked out once.
+    """
+    first = ring[0]
+    start, late = first.gathering, round(ring[-1].gathering - first.gathering)
+    for units, done in zip(ring, _gather_done(first.p, n, first.devices, late), strict=False):
+        units.gathered(start + done)
+
+
+@lru_cache(maxsize=4096)
+def _gather_done(p: TimingParameters, n: int, devices: int, late: int) -> tuple[int, int]:
+    """When a gather is done on the first device and on the last, which starts `late` cycles after all others, at 0."""
+    starts, done = [0] * (devices - 1) + [late], [0] * devices
+    timing.gather_done(p, n, starts, dict.fromkeys(product(range(2), range(devices), range(devices)), 0), done)
+    return done[0], done[-1]
 
 
 @lru_cache(maxsize=4096)
