@@ -6,10 +6,11 @@ RUN    := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 TOOLS  := g++ make perl
 
-# Processes that share the tests of `make test` and `make test-long`; 0 runs them in pytest's own.
+# Processes that share the tests of `make test` and `make test-long`, each with one thread for torch's and BLAS's
+# loops, whose threads otherwise spin while they wait for one another's cores; 0 runs the tests in pytest's own process.
 WORKERS ?= 2
 PYTEST  := $(RUN) -m pytest
-SHARED   = $(PYTEST) -n $(WORKERS) --dist worksteal
+SHARED   = OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-long lint docs record clean
