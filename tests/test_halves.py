@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from test_rtl_generation import generate
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from xdsl.ir import SSAValue
 
@@ -18,7 +19,10 @@ from typebar.compiler.driver import allocated, as_stored, build, write
 from typebar.compiler.frontend import FrontendModel, load_model
 from typebar.compiler.memory import program_of
 from typebar.compiler.packing import unpack_weights
+from typebar.compiler.passes.halve import HalvePass
 from typebar.compiler.rows import place_of
+from typebar.host.rtl import RtlDevice
+from typebar.host.simulator import SimulatedDevice
 from typebar.isa.image import Image
 from typebar.isa.instructions import Format
 from typebar.isa.machine import Machine
@@ -123,6 +127,20 @@ def test_halves_are_sooner_where_hops_are_long(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("typebar.compiler.passes.halve.HalvePass.apply", lambda *_: None)
     whole = token()
     assert halved < whole
+
+
+def test_the_hardware_gives_the_functional_simulators_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine.load("tiny")  # whose model other tests build, too; there halves bring nothing
+    monkeypatch.setattr(HalvePass, "of", staticmethod(lambda machine, _: HalvePass(machine.matrix.lanes)))
+    write(build(load_model(gpt2(16 * LANES)), machine, 2, Format.FP16), tmp_path / "image")
+    with Image.open(tmp_path / "image") as image:
+        expected, memories = generate(image, SimulatedDevice(machine, 2), 3)
+        hardware = RtlDevice(machine, 2)
+        tokens, found = generate(image, hardware, 3)
+        hardware.native.close()
+    assert parts(load_model(gpt2(16 * LANES)), 2, machine) and tokens == expected
+    for mine, theirs in zip(found, memories, strict=True):
+        assert np.array_equal(mine, theirs)
 
 
 def test_what_a_layer_loads_first_waits_for_nothing_of_the_layer_before() -> None:
