@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,7 +69,18 @@ def logits(source: FrontendModel, path: Path, devices: int, plan: Plan) -> NDArr
     return result
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+def long(*values: object, name: str | None = None) -> Any:
+    """A case of a kind of which a quicker one is always run."""
+    return pytest.param(*values, id=name, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param(plan, id=name) if name in ("projection", "both", "all") else long(plan, name=name)
+        for name, plan in PLANS.items()
+    ],
+)
 def test_replicated_matrices_change_no_bit(plan: Plan, tmp_path: Path) -> None:
     source = load_model(gpt2())
     first = logits(source, tmp_path / "1", 1, COLUMNS)
@@ -80,9 +92,9 @@ def test_replicated_matrices_change_no_bit(plan: Plan, tmp_path: Path) -> None:
     "replicated",
     [
         ("self_attn.o_proj",),
-        ("mlp.gate_proj",),
+        long(("mlp.gate_proj",), name="gate_proj"),
         ("mlp.gate_proj", "mlp.up_proj"),
-        ("mlp.down_proj",),
+        long(("mlp.down_proj",), name="down_proj"),
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ],
     ids=lambda names: "+".join(name.rpartition(".")[2] for name in names),
@@ -208,8 +220,11 @@ def test_rows_save_a_gather_each_and_add_partial_sums_in_order() -> None:
         assert adds[first + 1] == (out, out, start + 2 * words)
 
 
-@pytest.mark.parametrize("family", [FAMILIES[i] for i in (0, 5, 8)] + [f for f in FAMILIES if f.encoder][:1],
-                         ids=lambda family: family.name)  # fmt: skip
+@pytest.mark.parametrize(
+    "family",
+    [FAMILIES[0], long(FAMILIES[5]), FAMILIES[8], next(family for family in FAMILIES if family.encoder)],
+    ids=lambda family: family.name,
+)
 def test_rows_are_as_near_as_columns(family: Family, tmp_path: Path) -> None:
     """Logits keep the families' bound, and repeat bit for bit on as many devices, also after other ways to the text."""
     model = random_model(family)
@@ -231,7 +246,13 @@ def test_rows_are_as_near_as_columns(family: Family, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("width", "fmt", "devices"),
-    [(60, Format.FP16, 2), (60, Format.INT8, 3), (40, Format.FP16, 3), (40, Format.INT8, 2), (40, Format.FP16, 4)],
+    [
+        (60, Format.INT8, 3),
+        (40, Format.FP16, 3),
+        long(60, Format.FP16, 2),
+        long(40, Format.INT8, 2),
+        long(40, Format.FP16, 4),
+    ],
     ids=str,
 )
 def test_rows_are_the_same_on_every_device(width: int, fmt: Format, devices: int, tmp_path: Path) -> None:
