@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -153,9 +154,8 @@ machines = st.fixed_dictionaries(
 ).filter(lambda changes: changes["matrix.lanes"] % changes["vector.align"] == 0)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(shapes, machines, st.integers(1, 4), st.data())
-def test_bytes_time_and_causes(s: Shape, changes: Mapping[str, object], devices: int, data: st.DataObject) -> None:
+def look(s: Shape, changes: Mapping[str, object], devices: int, data: st.DataObject) -> None:
+    """Bytes, time and causes of a program, in closed form or bounded."""
     machine = Machine.load("tiny").override({key: str(value).lower() for key, value in changes.items()})
     made = compiled(s, machine, devices)
     prompt = 1  # longer ones go through in blocks, which read weights less often: test_prompt_blocks
@@ -188,3 +188,23 @@ def test_bytes_time_and_causes(s: Shape, changes: Mapping[str, object], devices:
     total_weights = sum(counters.weights_fetched_bytes for counters in result.counters)
     model_bytes = (parameters * passes - s.width * s.vocab * (prompt - 1)) * E
     assert total_weights >= model_bytes, "padding is never negative"
+
+
+ANY = given(shapes, machines, st.integers(1, 4), st.data())
+FEW = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+MANY = settings(FEW, max_examples=200)
+
+
+@FEW
+@ANY
+def test_bytes_time_and_causes(s: Shape, changes: Mapping[str, object], devices: int, data: st.DataObject) -> None:
+    look(s, changes, devices, data)
+
+
+@pytest.mark.long
+@MANY
+@ANY
+def test_bytes_time_and_causes_of_many(
+    s: Shape, changes: Mapping[str, object], devices: int, data: st.DataObject
+) -> None:
+    look(s, changes, devices, data)
