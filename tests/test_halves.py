@@ -76,6 +76,16 @@ def test_halves_have_the_bits_of_one_device(make: type, fmt: Format, tmp_path: P
         assert np.array_equal(first, logits(source, tmp_path / "n", devices, fmt)), devices
 
 
+def test_layers_that_share_their_matrices(tmp_path: Path) -> None:
+    """Their names have no layer in them."""
+    model = gpt2()
+    model.transformer.h[1].mlp = model.transformer.h[0].mlp
+    source = load_model(model)
+    assert parts(source, 2)
+    first, found = (logits(source, tmp_path / "image", devices, Format.FP16) for devices in (1, 2))
+    assert np.array_equal(first, found)
+
+
 def test_the_first_half_travels_beside_the_second_product() -> None:
     program = program_of(allocated(load_model(gpt2()), TINY, 2))
     names = [op.name for op in program.walk() if isinstance(op, dev.MatrixOp | dev.GatherOp)]

@@ -67,15 +67,13 @@ class HalvePass(ModulePass):
         if first < 2 * self.product or first + self._cycles(reader) < 2 * self.ring:
             return
         devices = k // ir.width(gather.x)
-        block = gather.parent_block()
-        assert block is not None
         wholes: list[SSAValue] = []
         for ops, value in made:
             for half, whole in ops:
-                block.insert_op_before(half, whole if isinstance(whole, dev.BiasOp) else gather)
+                _insert_before(half, whole if isinstance(whole, dev.BiasOp) else gather)
             gathered = dev.GatherOp(value, devices)
             gathered.out.name_hint = gather.out.name_hint
-            block.insert_op_before(gathered, gather)
+            _insert_before(gathered, gather)
             wholes.append(gathered.out)
         self._reader(reader, wholes, k // 2)
         _erase(gather)
@@ -99,6 +97,12 @@ class HalvePass(ModulePass):
 
 _Made = list[tuple[Operation, Operation]]
 """New operations, and what each stands for a half of."""
+
+
+def _insert_before(op: Operation, place: Operation) -> None:
+    block = place.parent_block()
+    assert block is not None
+    block.insert_op_before(op, place)
 
 
 def _only_user(value: SSAValue) -> object:
