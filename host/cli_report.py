@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from typebar.host.cli_model import WeightFormat, one_source
+from typebar.host.cli_model import KvOption, WeightFormat, one_source
 from typebar.host.cli_output import note, print_json, progress, settings
 from typebar.host.cli_tools import Json
 
@@ -27,6 +27,7 @@ def report(
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 64,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate, at least 2.")] = 64,
+    kv: KvOption = None,
     as_json: Json = False,
 ) -> None:
     """Write a page on where the time goes: roofline, causes, layers, HBM and ring, scaling, limits."""
@@ -45,6 +46,7 @@ def report(
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             progress=show,
+            kv=None if kv is None else kv.value,
         )
     if as_json:
         print_json(study.to_json())

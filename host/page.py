@@ -82,11 +82,12 @@ def report(
     prompt_tokens: int = 64,
     new_tokens: int = 64,
     progress: Callable[[int, int], None] | None = None,
+    kv: str | None = None,
 ) -> Study:
     """Study a generation on a ring of devices and write a page on it; the file appears complete or not at all.
 
     Args:
-        source, machine, devices, weights, settings, prompt_tokens: as `simulate` takes them.
+        source, machine, devices, weights, settings, prompt_tokens, kv: as `simulate` takes them.
         out: the page to create or replace; None writes none. Not the image itself.
         new_tokens: tokens to generate, at least 2.
         progress: called with simulations done and in total.
@@ -98,7 +99,7 @@ def report(
         check_output(out, "output")
         if Path(source).exists() and Path(out).exists() and Path(source).samefile(out):
             raise TypebarError(f"output {os.fspath(out)!r} is the image itself: name another file")
-    found = study(source, machine, devices, weights, settings, prompt_tokens, new_tokens, progress)
+    found = study(source, machine, devices, weights, settings, prompt_tokens, new_tokens, progress, kv)
     if out is not None:
         write_file(Path(out), page(found).encode())
     return found

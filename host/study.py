@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from typebar.compiler import ir
+from typebar.host.caching import check_kv
 from typebar.host.profile import SCORES, VALUES, Layer, Product, Profile, Share
 from typebar.host.report import SimulationReport, Subject, compiled_subject, measure, model_of, subject_of
 from typebar.isa.errors import TypebarError
@@ -129,11 +130,12 @@ def study(
     prompt_tokens: int = 64,
     new_tokens: int = 64,
     progress: Progress | None = None,
+    kv: str | None = None,
 ) -> Study:
     """Measure a generation on a ring of devices, its parts, and how it scales; no weights are read.
 
     Args:
-        source, machine, devices, weights, settings, prompt_tokens: as `simulate` takes them.
+        source, machine, devices, weights, settings, prompt_tokens, kv: as `simulate` takes them.
         new_tokens: tokens to generate, at least 2.
         progress: called with simulations done and in total.
 
@@ -142,8 +144,9 @@ def study(
     """
     if new_tokens == 1:
         raise TypebarError("new_tokens = 1 leaves no token to decode: ask for at least 2")
+    check_kv(kv)
     texts = {key: str(value) for key, value in (settings or {}).items()}
-    case = _case(source, machine, devices, weights, texts, prompt_tokens, new_tokens)
+    case = _case(source, machine, devices, weights, texts, prompt_tokens, new_tokens, kv)
     subject, total = case.subject, case.prompt + case.new
     counts = sorted({*DEVICE_COUNTS, subject.devices})
     lengths = _contexts(subject)
@@ -177,6 +180,7 @@ def _case(
     settings: Mapping[str, str],
     prompt: int,
     new: int,
+    kv: str | None,
 ) -> _Case:
     """The subject, compiled once or read from its image, with the model that it was compiled from."""
     name = machine.name if isinstance(machine, Machine) else machine
@@ -184,11 +188,12 @@ def _case(
     options = [*options, *(word for key, value in settings.items() for word in ("--set", f"{key}={value}"))]
     path = Path(source) if isinstance(source, str | os.PathLike) else None
     if path is not None and path.is_file():
-        subject = subject_of(source, machine, devices, weights, settings)
+        subject = subject_of(source, machine, devices, weights, settings, kv=kv)
         with Image.open(path, verify=False) as image:
             model, fmt = model_of_image(image), Format[image.manifest.weights_format.upper()]
         return _Case(model, subject, fmt, prompt, new, [os.fspath(path), *options])
     from typebar.compiler import driver
+    from typebar.compiler.caches import int8_caches
 
     target = machine if isinstance(machine, Machine) else Machine.load(os.fspath(machine or "u280"))
     target = target.override(dict(settings))
@@ -197,6 +202,8 @@ def _case(
     driver.check_devices(count)
     model = model_of(source)
     options = ["--shape", os.fspath(source), *options, "--weights", fmt.name.lower()]
+    if kv is not None:
+        model, options = int8_caches(model, None), [*options, "--kv", kv]
     return _Case(model, compiled_subject(model, target, count, fmt), fmt, prompt, new, options)
 
 

@@ -26,6 +26,7 @@ from typebar.compiler.frontend import FrontendModel, load_model
 from typebar.compiler.interpreter import StepInterpreter
 from typebar.compiler.pipeline import parse, run_passes
 from typebar.compiler.quantisation import quantise
+from typebar.host import study
 from typebar.host.cli import main
 from typebar.host.driver import DeviceEngine
 from typebar.host.rtl import RtlDevice
@@ -347,6 +348,18 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert main([*words]) == 2
         error = capsys.readouterr().err
         assert re.search(message, error), error
+
+
+def test_a_report_is_of_the_same_program(image: Path) -> None:
+    cases = [
+        study._case(source, machine, 1, None, {}, 4, 2, kv)
+        for source, machine, kv in ((image, None, "int8"), (MODEL, "tiny", "int8"), (MODEL, "tiny", None))
+    ]
+    first, second, plain = (case.subject.accounting["kv_bytes_per_position"] for case in cases)
+    assert 2 * first == 2 * second == plain
+    points = [study._point(case, case.subject, 16) for case in cases]
+    assert points[0].kv_limit_ms == points[1].kv_limit_ms and points[0].ms == points[1].ms
+    assert cases[1].options[-2:] == ["--kv", "int8"]
 
 
 def test_the_pass_alone_only_renames() -> None:
