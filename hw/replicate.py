@@ -13,10 +13,13 @@ from amaranth.back import rtlil, verilog
 from amaranth.hdl import ClockSignal, Fragment, Instance, ResetSignal, Shape, Value
 from amaranth.hdl._ast import SignalDict
 from amaranth.hdl._ir import PortDirection, build_netlist
+from amaranth.hdl._nir import ModuleNetFlow
 from amaranth.lib import wiring
 
 _met: list[list[Shared]] = []
 """Shared components instantiated so far in each conversion under way, innermost last."""
+_ZEROS = re.compile(r"'h0+\b")
+"""A number that is zero, in as many digits as it has."""
 
 
 class Shared:
@@ -68,7 +71,37 @@ class Replica(wiring.Component):
 
 
 class _ModuleEmitter(rtlil.ModuleEmitter):
-    """Amaranth's, without what only makes the text longer: a wire for each field, and memories' zeros, word by word."""
+    """Amaranth's, without what only makes the text longer: a wire for each alias, and memories' zeros, word by word.
+
+    An alias is a signal that no cell drives as a whole: a copy of another, or of others' parts. Whatever reads one reads
+    what drives its bits.
+    """
+
+    def assign_value_names(self) -> None:
+        """An output's own name comes before that of a signal that it is the same as."""
+        for name, (value, flow) in self.module.ports.items():
+            if flow == ModuleNetFlow.Output:
+                self.value_names.setdefault(value, name)
+        super().assign_value_names()
+
+    def emit_signal_wires(self) -> None:
+        """Nothing but what they are to have: a wire is made when it is driven."""
+        self._signed = set()
+        for signal, name in self.module.signal_names.items():
+            value = self.netlist.signals[signal]
+            self.value_attrs.setdefault(value, {}).update(signal.attrs)
+            if signal.shape().signed:
+                self._signed.add(name)
+
+    def emit_driven_wire(self, value: Any) -> Any:
+        """The wire of the first signal or port that has a value, made if it is a signal."""
+        name = self.value_names.get(value)
+        if name is not None and name not in self.sigport_wires:
+            wire = self.builder.wire(
+                len(value), signed=name in self._signed, name=name, attrs=self.value_attrs.get(value, {})
+            )
+            self.sigport_wires[name] = (wire, value)
+        return super().emit_driven_wire(value)
 
     def emit_signal_fields(self) -> None:
         """Nothing: fields are aliases."""
@@ -107,7 +140,7 @@ def _convert(component: wiring.Component, name: str) -> tuple[str, list[Shared]]
         text: str = verilog._convert_rtlil_text(_rtlil(component, name), strip_internal_attrs=True)
     finally:
         met = _met.pop()
-    return text, list({id(shared): shared for shared in met}.values())
+    return _ZEROS.sub("'h0", text), list({id(shared): shared for shared in met}.values())
 
 
 def convert(component: wiring.Component, name: str) -> dict[str, str]:
