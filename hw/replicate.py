@@ -18,6 +18,8 @@ from amaranth.lib import wiring
 
 _met: list[list[Shared]] = []
 """Shared components instantiated so far in each conversion under way, innermost last."""
+_PATH = "__"
+"""Between the parts of a port's path in its name."""
 _ZEROS = re.compile(r"'h0+\b")
 """A number that is zero, in as many digits as it has."""
 
@@ -44,19 +46,18 @@ class Shared:
 
 
 class Replica(wiring.Component):
-    """A copy of a shared component: the same ports, each a plain signal, without the fields of its layout."""
+    """A copy of a shared component: the same ports and streams, all of plain signals without the fields of a layout."""
 
     def __init__(self, shared: Shared) -> None:
         """A copy of `shared`, whose own component stays as it is."""
         self._shared = shared
-        members = shared.component.signature.members
-        super().__init__({name: member.flow(Shape.cast(member.shape)) for name, member in members.items()})
+        super().__init__(_plain(shared.component.signature))
 
     def elaborate(self, platform: object) -> Any:
         """One cell, in whatever module holds the copy."""
         ports = {
-            f"{'i' if member.flow is wiring.In else 'o'}_{name}": getattr(self, name)
-            for name, member in self.signature.members.items()
+            f"{'i' if member.flow is wiring.In else 'o'}_{_PATH.join(map(str, path))}": value
+            for path, member, value in self.signature.flatten(self)
         }
         text = self._shared.verilog
         if _met:
@@ -70,11 +71,21 @@ class Replica(wiring.Component):
         return Instance(self._shared.name, **ports)
 
 
+def _plain(signature: Any) -> dict[str, wiring.Member]:
+    """Members of a signature and of those in it, as plain bits."""
+    return {
+        name: member.flow(Shape.cast(member.shape))
+        if member.is_port
+        else wiring.Out(wiring.Signature(_plain(member.signature)))
+        for name, member in signature.members.items()
+    }
+
+
 class _ModuleEmitter(rtlil.ModuleEmitter):
     """Amaranth's, without what only makes the text longer: a wire for each alias, and memories' zeros, word by word.
 
-    An alias is a signal that no cell drives as a whole: a copy of another, or of others' parts. Whatever reads one reads
-    what drives its bits.
+    An alias is a signal that no cell drives as a whole: a copy of another, or of others' parts. Whatever reads one
+    reads what drives its bits.
     """
 
     def assign_value_names(self) -> None:
@@ -115,7 +126,7 @@ class _ModuleEmitter(rtlil.ModuleEmitter):
 def _rtlil(component: wiring.Component, name: str) -> str:
     """A component as Yosys reads it, as `amaranth.back.rtlil.convert` makes it but for `_ModuleEmitter`."""
     ports = {
-        "__".join(map(str, path)): (
+        _PATH.join(map(str, path)): (
             Value.cast(value),
             PortDirection.Input if member.flow is wiring.In else PortDirection.Output,
         )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
+from amaranth.hdl import Cat, Const, Module, Mux, Shape, Signal, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -345,6 +345,31 @@ def _float32(m: Module, pipe: Pipeline, total: Any, scale: Any, nan: Any) -> Any
         nan=s.nan,
     )
     return pipe.cut(bits=bits).bits
+
+
+class LateWeights(wiring.Component):
+    """`late_weights` of `lanes` weights as a component: dot units of a column of weights share one.
+
+    `weights` are those of the first cycle; all else goes to the ports of the same names of a `DotUnit`.
+    """
+
+    def __init__(self, lanes: int, latency: int) -> None:
+        """For dot units of this `latency`."""
+        self.lanes, self.latency = lanes, latency
+        ports = DotUnit(lanes, latency).signature.members
+        names = ("nonzero", "steps", "weight_signs", "values", *(f"digits{index}" for index in range(_DIGITS)))
+        super().__init__(
+            {"weights": In(WEIGHT.size * lanes), **{name: Out(Shape.cast(ports[name].shape)) for name in names}}
+        )
+        self.names = names
+
+    def elaborate(self, platform: object) -> Module:
+        """Registers."""
+        m = Module()
+        weights = data.View(data.ArrayLayout(WEIGHT, self.lanes), self.weights)
+        late = late_weights(m, [weights[lane] for lane in range(self.lanes)], Lags.of(self.lanes, self.latency))
+        m.d.comb += [getattr(self, name).eq(late[name]) for name in self.names]
+        return m
 
 
 def late_weights(m: Module, weights: list[Any], lags: Lags) -> dict[str, Any]:

@@ -74,12 +74,14 @@ class TicketQueue(wiring.Component):
         head, tail = self.head, self.tail
         waiting = Signal(self.depth)
         waited = Array(Signal(CAUSE_BITS, name=f"waited_{place}") for place in range(self.depth))
-        pop, push = self.o.valid & self.o.ready, self.i.valid & self.i.ready
+        pop, push = Signal(), Signal()
+        m.d.comb += [pop.eq(self.o.valid & self.o.ready), push.eq(self.i.valid & self.i.ready)]
         for place in range(self.depth):
             owes: list[Value] = []
             for domain in self.domains:
                 wait = self.stored[place][domain.name.lower()]
-                still = wait.valid & owed(wait.ticket, self.completed[domain])
+                still = Signal(name=f"owes_{place}_{domain.name.lower()}")
+                m.d.comb += still.eq(wait.valid & owed(wait.ticket, self.completed[domain]))
                 owes.append(still)
                 m.d.sync += wait.valid.eq(still)
             # In the last cycle of its wait an entry owes just those that are done last.

@@ -21,7 +21,7 @@ from amaranth.lib.wiring import In, Out
 from typebar.hw import delay
 from typebar.hw.arith.add import Adder
 from typebar.hw.arith.convert import OPERAND, WEIGHT, OperandFromFloat32
-from typebar.hw.arith.dot import AlignedVector, DotUnit, Lags, late_weights
+from typebar.hw.arith.dot import AlignedVector, DotUnit, Lags, LateWeights
 from typebar.hw.matrix.buffer import GroupBuffer
 from typebar.hw.matrix.geometry import (
     RAW_LAG,
@@ -63,7 +63,8 @@ class Compute(wiring.Component):
         self._aligned = Shared(f"aligned_vector_{g.lanes}_{g.dot}", AlignedVector(g.lanes, g.dot))
         self._adder = Shared(f"adder_{g.add}", Adder(g.add))
         self._operand = Shared(f"operand_from_float32_{_CONVERSION}", OperandFromFloat32(_CONVERSION))
-        self.shared = (*self._dots, self._aligned, self._adder, self._operand)
+        self._late = Shared(f"late_weights_{g.lanes}_{g.dot}", LateWeights(g.lanes, g.dot))
+        self.shared = (*self._dots, self._late, self._aligned, self._adder, self._operand)
         row = data.ArrayLayout(32, g.words)
         super().__init__(
             {
@@ -146,17 +147,19 @@ class Compute(wiring.Component):
         m, g, sums = self._m, self._g, []
         lags, folded = Lags.of(g.lanes, g.dot), delayed(m, compute.folded, 1, "tile_folded")
         late_folded = delayed(m, folded, lags.signs, "late_folded")
-        tile = self._late_tile(lags)
+        tile = self._late_tile()
         own = delay.delayed(m, self.own, TILE_LAG + g.two - RAW_LAG + lags.values, "own", keep=True)
         for row, (operands, nan) in enumerate(vectors):
             m.submodules[f"vector{row}"] = vector = self._aligned.replica()
             m.d.comb += vector.x.eq(operands)
-            present = Cat(x.nonzero for x in data.View(data.ArrayLayout(OPERAND, g.lanes), operands))
+            present = Signal(g.lanes, name=f"present{row}")
+            m.d.comb += present.eq(Cat(x.nonzero for x in data.View(data.ArrayLayout(OPERAND, g.lanes), operands)))
             has_own, group = g.whole_groups <= row < g.groups, row if row < g.whole_groups else 0
             for column in range(g.columns):
                 source = group * g.columns + column
                 m.submodules[f"dot{row}_{column}"] = unit = self._dots[has_own].replica()
-                m.d.comb += [getattr(unit, port).eq(value) for port, value in tile[source].items()]
+                late = tile[source]
+                m.d.comb += [getattr(unit, port).eq(getattr(late, port)) for port in self._late.component.names]
                 m.d.comb += [
                     unit.present.eq(present),
                     unit.vector_signs.eq(vector.signs),
@@ -170,14 +173,14 @@ class Compute(wiring.Component):
                 sums.append(unit.sum)
         return sums
 
-    def _late_tile(self, lags: Lags) -> list[dict[str, Value]]:
+    def _late_tile(self) -> list[Any]:
         """Ports of dot units by column of the tile: rows of units share what delays their weights."""
-        g = self._g
-        tile = data.View(data.ArrayLayout(WEIGHT, g.lanes * g.columns * g.whole_groups), self.tile)
-        columns = [
-            [tile[column * g.lanes + lane] for lane in range(g.lanes)] for column in range(g.columns * g.whole_groups)
-        ]
-        return [late_weights(self._m, column, lags) for column in columns]
+        g, units, width = self._g, [], WEIGHT.size * self._g.lanes
+        for column in range(g.columns * g.whole_groups):
+            self._m.submodules[f"late_weights{column}"] = unit = self._late.replica()
+            self._m.d.comb += unit.weights.eq(self.tile[width * column : width * (column + 1)])
+            units.append(unit)
+        return units
 
     def _starting_sums(self, compute: Any) -> Value:
         """What the accumulators start from, in the cycle after `compute`."""

@@ -12,6 +12,7 @@ from typebar.hw.control.core import ControlCore
 from typebar.isa.errors import TypebarError
 from typebar.isa.machine import Machine
 from typebar.tests.hw.cocotb_run import run_bench
+from typebar.tests.hw.flat import shared_text
 
 BASE = {
     "vector.words": "2048",
@@ -40,7 +41,7 @@ SCALE = int(os.environ.get("TYPEBAR_CONTROL_SCALE", "1"))
 def test_core_in_simulation(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {**BASE, **MACHINES[name]}
     core = ControlCore(Machine.load("tiny").override(settings))
-    text = verilog.convert(core, name="control_core", strip_internal_attrs=True)
+    text = verilog.convert(core, name="control_core", strip_internal_attrs=True) + shared_text(core.shared)
     environment = {
         "TYPEBAR_SEEDS": os.environ.get("TYPEBAR_SEEDS", f"0 {20 * SCALE}"),
         "TYPEBAR_STOPS": str(60 * SCALE),
