@@ -5,23 +5,27 @@ Amaranth writes a component out again for every copy. A `Shared` component is wr
 
 from __future__ import annotations
 
+import gc
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 from amaranth.back import rtlil, verilog
 from amaranth.hdl import ClockSignal, Fragment, Instance, ResetSignal, Shape, Value
+from amaranth.hdl import _ir as ir
 from amaranth.hdl._ast import SignalDict
-from amaranth.hdl._ir import PortDirection, build_netlist
-from amaranth.hdl._nir import ModuleNetFlow
+from amaranth.hdl._nir import ModuleNetFlow, Netlist
 from amaranth.lib import wiring
 
 _met: list[list[Shared]] = []
 """Shared components instantiated so far in each conversion under way, innermost last."""
-_PATH = "__"
-"""Between the parts of a port's path in its name."""
 _ZEROS = re.compile(r"'h0+\b")
 """A number that is zero, in as many digits as it has."""
+
+_PORT = re.compile(r"^(  (?:input|output) (.*;)\n)  wire \2\n", re.MULTILINE)
+"""A port, and once more that it is a wire."""
 
 
 class Shared:
@@ -46,18 +50,19 @@ class Shared:
 
 
 class Replica(wiring.Component):
-    """A copy of a shared component: the same ports and streams, all of plain signals without the fields of a layout."""
+    """A copy of a shared component: the same ports, each a plain signal, without the fields of its layout."""
 
     def __init__(self, shared: Shared) -> None:
         """A copy of `shared`, whose own component stays as it is."""
         self._shared = shared
-        super().__init__(_plain(shared.component.signature))
+        members = shared.component.signature.members
+        super().__init__({name: member.flow(Shape.cast(member.shape)) for name, member in members.items()})
 
     def elaborate(self, platform: object) -> Any:
         """One cell, in whatever module holds the copy."""
         ports = {
-            f"{'i' if member.flow is wiring.In else 'o'}_{_PATH.join(map(str, path))}": value
-            for path, member, value in self.signature.flatten(self)
+            f"{'i' if member.flow is wiring.In else 'o'}_{name}": getattr(self, name)
+            for name, member in self.signature.members.items()
         }
         text = self._shared.verilog
         if _met:
@@ -71,14 +76,34 @@ class Replica(wiring.Component):
         return Instance(self._shared.name, **ports)
 
 
-def _plain(signature: Any) -> dict[str, wiring.Member]:
-    """Members of a signature and of those in it, as plain bits."""
-    return {
-        name: member.flow(Shape.cast(member.shape))
-        if member.is_port
-        else wiring.Out(wiring.Signature(_plain(member.signature)))
-        for name, member in signature.members.items()
-    }
+class _NetlistEmitter(ir.NetlistEmitter):
+    """Amaranth's, but an expression that a module has in several places is there once, as its conditions are."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        """As Amaranth's."""
+        super().__init__(*arguments, **settings)
+        self._known: dict[Any, Any] = {}
+
+    def emit_operator(self, module_idx: int, operator: str, *inputs: Any, src_loc: Any) -> Any:
+        """The result of an operator, new if the module has none of the same inputs."""
+        key = module_idx, operator, inputs
+        if key not in self._known:
+            self._known[key] = super().emit_operator(module_idx, operator, *inputs, src_loc=src_loc)
+        return self._known[key]
+
+
+def _netlist(component: wiring.Component, ports: dict[str, Any], name: str) -> Netlist:
+    """What `amaranth.hdl._ir.build_netlist` makes of a component, but for `_NetlistEmitter`."""
+    design = Fragment.get(component, None).prepare(ports=ports, hierarchy=(name,))
+    netlist = Netlist()
+    _NetlistEmitter(netlist, design, all_undef_to_ff=False).emit_fragment(design.fragment, None)
+    netlist.check_comb_cycles()
+    netlist.resolve_all_nets()
+    ir._compute_net_flows(netlist)
+    ir._compute_ports(netlist)
+    ir._compute_ionet_dirs(netlist)
+    ir._compute_io_ports(netlist, design.ports)
+    return netlist
 
 
 class _ModuleEmitter(rtlil.ModuleEmitter):
@@ -123,16 +148,28 @@ class _ModuleEmitter(rtlil.ModuleEmitter):
             super().emit_memory(cell_idx, cell)
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No search for garbage meanwhile: a netlist is millions of objects, none of them garbage until its end."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 def _rtlil(component: wiring.Component, name: str) -> str:
     """A component as Yosys reads it, as `amaranth.back.rtlil.convert` makes it but for `_ModuleEmitter`."""
     ports = {
-        _PATH.join(map(str, path)): (
+        "__".join(map(str, path)): (
             Value.cast(value),
-            PortDirection.Input if member.flow is wiring.In else PortDirection.Output,
+            ir.PortDirection.Input if member.flow is wiring.In else ir.PortDirection.Output,
         )
         for path, member, value in component.signature.flatten(component)
     }
-    netlist = build_netlist(Fragment.get(component, None), ports=ports, name=name)
+    netlist = _netlist(component, ports, name)
     empty, builder = rtlil.EmptyModuleChecker(netlist), rtlil.Design(emit_src=False)
     names = SignalDict()
     for index, module in enumerate(netlist.modules):
@@ -148,10 +185,12 @@ def _convert(component: wiring.Component, name: str) -> tuple[str, list[Shared]]
     """Verilog of a component as module `name`, and the shared components in it."""
     _met.append([])
     try:
-        text: str = verilog._convert_rtlil_text(_rtlil(component, name), strip_internal_attrs=True)
+        with _uncollected():
+            netlist = _rtlil(component, name)
+        text: str = verilog._convert_rtlil_text(netlist, strip_internal_attrs=True)
     finally:
         met = _met.pop()
-    return _ZEROS.sub("'h0", text), list({id(shared): shared for shared in met}.values())
+    return _PORT.sub(r"\1", _ZEROS.sub("'h0", text)), list({id(shared): shared for shared in met}.values())
 
 
 def convert(component: wiring.Component, name: str) -> dict[str, str]:

@@ -8,8 +8,6 @@ issue in consecutive cycles. A taken branch addresses program memory from I, whi
 
 from __future__ import annotations
 
-from typing import Any
-
 from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, Value, signed, unsigned
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
@@ -17,7 +15,7 @@ from amaranth.lib.wiring import In, Out
 
 from typebar.hw.control.checks import DEVICE_BITS, TRAP_BITS, OperandChecker, address_bits
 from typebar.hw.control.decoder import DECODED, MODIFIER_BITS, Decoder, modifier, slot
-from typebar.hw.control.queue import TicketQueue
+from typebar.hw.control.queue import TicketQueue, Waits
 from typebar.hw.control.scalar import ScalarUnit
 from typebar.hw.control.scoreboard import FETCH_DOMAINS, Scoreboard
 from typebar.hw.control.tickets import UNIT_DOMAINS, Domain, ticket_bits
@@ -73,22 +71,6 @@ def issued_layout(machine: Machine, domain: Domain) -> data.StructLayout:
     )
 
 
-def _queues(machine: Machine) -> dict[Domain, Shared]:
-    """The queue of each domain; units whose instructions have as many operands have one module."""
-    depth, bits = machine.control.queue_depth, ticket_bits(machine)
-    layouts = {domain: issued_layout(machine, domain) for domain in Domain}
-    of_size = {
-        size: Shared(f"queue_{size}_{depth}", TicketQueue(size, depth, bits))
-        for size in {layouts[domain].size for domain in UNIT_DOMAINS}
-    }
-    size, stores = layouts[Domain.FETCH].size, {Domain.MEMORY: Cause.STORE}
-    fetch = TicketQueue(size, depth + 1, bits, FETCH_DOMAINS, stores)
-    return {
-        **{domain: of_size[layouts[domain].size] for domain in UNIT_DOMAINS},
-        Domain.FETCH: Shared(f"fetch_queue_{size}_{depth + 1}", fetch),
-    }
-
-
 class ControlCore(wiring.Component):
     """The control core of a machine. `shared` are the Verilog modules that it instantiates.
 
@@ -127,8 +109,7 @@ class ControlCore(wiring.Component):
                 )
         self.machine, self.bits = machine, ticket_bits(machine)
         self.words = control.program_bytes // WORD_BYTES
-        self._shared_queues = _queues(machine)
-        self.shared = tuple(dict.fromkeys(self._shared_queues.values()))
+        self.shared = (Shared("queue_waits", Waits(control.queue_depth, self.bits, tuple(Domain))),)
         ports = {domain.name.lower(): Out(stream.Signature(issued_layout(machine, domain))) for domain in Domain}
         super().__init__(
             {
@@ -401,7 +382,13 @@ class ControlCore(wiring.Component):
         """Queues and their tickets; true in the last cycle in I of an instruction of a unit."""
         m, board, decoded = self._m, self._board, self._decoded
         issued = self._issued
-        self._queues = {domain: queue.replica() for domain, queue in self._shared_queues.items()}
+        depth, (waits,) = self.machine.control.queue_depth, self.shared
+        self._queues = {
+            item: TicketQueue(issued_layout(self.machine, item), depth, self.bits, shared=waits)
+            for item in UNIT_DOMAINS
+        }
+        fetch_layout, stores = issued_layout(self.machine, Domain.FETCH), {Domain.MEMORY: Cause.STORE}
+        self._queues[Domain.FETCH] = TicketQueue(fetch_layout, depth + 1, self.bits, FETCH_DOMAINS, stores)
         loaded, push = Signal(), Signal()
         unit = decoded["unit"] - 1
         ready = Signal()
@@ -439,11 +426,9 @@ class ControlCore(wiring.Component):
         """Whether a unit owes more than its latencies explain: with a memory that is late, tickets could wrap."""
         return (self._issued[domain] - self.completed[domain])[: self.bits][-2:] != 0
 
-    def _connect(self, domain: Domain, queue: Any) -> None:
+    def _connect(self, domain: Domain, queue: TicketQueue) -> None:
         """A queue's payload from stage I, and its output to the port."""
-        m, decoded = self._m, self._decoded
-        item = Signal(issued_layout(self.machine, domain), name=f"{domain.name.lower()}_item")
-        m.d.comb += queue.i.payload.eq(item)
+        m, decoded, item = self._m, self._decoded, queue.i.payload
         port = getattr(self, domain.name.lower())
         m.d.comb += [
             item.opcode.eq(decoded["opcode"]),

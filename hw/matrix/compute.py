@@ -64,7 +64,9 @@ class Compute(wiring.Component):
         self._adder = Shared(f"adder_{g.add}", Adder(g.add))
         self._operand = Shared(f"operand_from_float32_{_CONVERSION}", OperandFromFloat32(_CONVERSION))
         self._late = Shared(f"late_weights_{g.lanes}_{g.dot}", LateWeights(g.lanes, g.dot))
-        self.shared = (*self._dots, self._late, self._aligned, self._adder, self._operand)
+        own_lag = TILE_LAG + g.two - RAW_LAG + Lags.of(g.lanes, g.dot).values
+        self._own = Shared(f"own_weights_{8 * g.lanes}_{own_lag}", delay.Kept(8 * g.lanes, own_lag))
+        self.shared = (*self._dots, self._late, self._own, self._aligned, self._adder, self._operand)
         row = data.ArrayLayout(32, g.words)
         super().__init__(
             {
@@ -148,7 +150,7 @@ class Compute(wiring.Component):
         lags, folded = Lags.of(g.lanes, g.dot), delayed(m, compute.folded, 1, "tile_folded")
         late_folded = delayed(m, folded, lags.signs, "late_folded")
         tile = self._late_tile()
-        own = delay.delayed(m, self.own, TILE_LAG + g.two - RAW_LAG + lags.values, "own", keep=True)
+        own = self._late_own()
         for row, (operands, nan) in enumerate(vectors):
             m.submodules[f"vector{row}"] = vector = self._aligned.replica()
             m.d.comb += vector.x.eq(operands)
@@ -168,8 +170,8 @@ class Compute(wiring.Component):
                     unit.nan.eq(nan | (self.nan[source] & ~folded if has_own else self.nan[source])),
                 ]
                 if has_own:
-                    place = ((row - g.whole_groups) * g.columns + column) * 8 * g.lanes
-                    m.d.comb += [unit.own_values.eq(own[place : place + 8 * g.lanes]), unit.folded.eq(late_folded)]
+                    late_own = own[(row - g.whole_groups) * g.columns + column]
+                    m.d.comb += [unit.own_values.eq(late_own), unit.folded.eq(late_folded)]
                 sums.append(unit.sum)
         return sums
 
@@ -181,6 +183,15 @@ class Compute(wiring.Component):
             self._m.d.comb += unit.weights.eq(self.tile[width * column : width * (column + 1)])
             units.append(unit)
         return units
+
+    def _late_own(self) -> list[Value]:
+        """Weights of the groups that only int8 has, by column, when dot units take them."""
+        g, values, width = self._g, [], 8 * self._g.lanes
+        for column in range((g.groups - g.whole_groups) * g.columns):
+            self._m.submodules[f"own_weights{column}"] = unit = self._own.replica()
+            self._m.d.comb += unit.value.eq(self.own[width * column : width * (column + 1)])
+            values.append(unit.late)
+        return values
 
     def _starting_sums(self, compute: Any) -> Value:
         """What the accumulators start from, in the cycle after `compute`."""
