@@ -5,6 +5,7 @@ Equal layers lie one after another at a constant stride, so a loop reaches layer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -341,7 +342,10 @@ class _Planner:
                 f"attention heads of {size} exceed a column block of {self.machine.column_block}: "
                 "use a machine with more matrix.interleave x matrix.columns"
             )
-        positions = -(-context // self.machine.attention_block) * self.machine.attention_block
+        block = self.machine.attention_block
+        if context <= block:
+            block = math.lcm(self.machine.column_block, self.machine.matrix.lanes)
+        positions = -(-context // block) * block
         element = FORMAT_BYTES[self.kv_format(op)]
         k = packed_bytes(depth, positions, self.machine, element, full=True)
         v = packed_bytes(positions, size, self.machine, element)

@@ -35,6 +35,7 @@ class AllocatePass(ModulePass):
     """Allocate registers of `words` words in hazard segments of `segment` words.
 
     A prompt's tokens go through in groups of up to `vectors`; two groups at once where each has `group_rows` or more.
+    With `ahead` a layer's first loads may run while the layer before ends, which a machine with barriers prevents.
     """
 
     name = "allocate"
@@ -48,6 +49,7 @@ class AllocatePass(ModulePass):
     macs: int = 2048
     lanes: int = 16
     buffer: int = 16384
+    ahead: bool = True
 
     @classmethod
     def of(cls, machine: Machine) -> AllocatePass:
@@ -66,6 +68,7 @@ class AllocatePass(ModulePass):
             macs=machine.peak_macs,
             lanes=vector.lanes,
             buffer=machine.ring.buffer_words,
+            ahead=not machine.control.barriers,
         )
 
     def limits(self, program: dev.ProgramOp | SourceOp, step: int) -> Limits:
@@ -103,7 +106,7 @@ class AllocatePass(ModulePass):
         for chunk in _chunks(head.words, self.column_block) if isinstance(head, dev.HeadOp) else (0,):
             for step, together in (*((self.segment, made) for made in WAYS), (align, apart)):
                 limits = self.limits(program, step)
-                slots = _slots(program, limits, chunk)
+                slots = _slots(program, limits, chunk, self.ahead)
                 lowest = place(together(slots), limits.step_of)
                 if lowest > self.words:
                     continue
@@ -119,13 +122,13 @@ class AllocatePass(ModulePass):
         )
 
 
-def _slots(program: dev.ProgramOp | SourceOp, limits: Limits, chunk: int) -> list[Slot]:
+def _slots(program: dev.ProgramOp | SourceOp, limits: Limits, chunk: int, ahead: bool) -> list[Slot]:
     """The slots of a step for one token, `chunk` logits at a time."""
 
     def words(value: SSAValue) -> int:
         return limits.round(ir.width(value))
 
-    return collect(program.body.block.ops, words, lambda op: scratch_of(op, limits, chunk))
+    return collect(program.body.block.ops, words, lambda op: scratch_of(op, limits, chunk), ahead)
 
 
 def _chunks(words: int, column_block: int) -> list[int]:

@@ -43,8 +43,11 @@ SlotGroups = list[list[Slot]]
 """Slots that lie in a row."""
 
 
-def collect(ops: Iterable[Operation], words: Words, scratch: Scratch) -> list[Slot]:
-    """The slots of some operations in order, the first ones of a program's block."""
+def collect(ops: Iterable[Operation], words: Words, scratch: Scratch, ahead: bool = True) -> list[Slot]:
+    """The slots of some operations in order, the first ones of a program's block.
+
+    With `ahead` what a loop's turn loads first keeps apart from all that the turn before does last.
+    """
     order: dict[Operation, Span] = {}
     ops = list(ops)
     _number(ops, order, 0)
@@ -86,7 +89,7 @@ def collect(ops: Iterable[Operation], words: Words, scratch: Scratch) -> list[Sl
 
     visit(ops)
     for loop in order:
-        if isinstance(loop, ir.RepeatOp):
+        if ahead and isinstance(loop, ir.RepeatOp):
             _load_ahead(loop, order, slots)
     return result
 
