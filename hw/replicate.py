@@ -1,6 +1,7 @@
 """Components that are emitted once as a Verilog module and instantiated many times.
 
 Amaranth writes a component out again for every copy. A `Shared` component is written once; its replicas are cells.
+The text is Amaranth's, less aliases and expressions that are there already.
 """
 
 from __future__ import annotations
