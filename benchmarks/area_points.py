@@ -39,11 +39,11 @@ POINTS: dict[str, list[str]] = {
     f"{_NARROW}1 matrix.lanes=32 matrix.fifo_port_bytes=512": ["matrix"],
     f"{_NARROW}1 matrix.columns=16 matrix.interleave=4 matrix.fifo_port_bytes=512": ["matrix"],
     f"{_NARROW}2": ["matrix"],
-    f"{_U280} ": ["matrix"],
     f"{_U280} {_WIDE_ROWS}": ["ring", "memory", "registers", "vector"],
     f"u280 matrix.columns=16 matrix.fifo_port_bytes=2048 matrix.dot_latency=25 hbm.fifo_bytes=8388608 {_ROWS}": [
         "fetch", "ring", "matrix",
     ],
+    "u280": ["matrix"],
 }  # fmt: skip
 """Machines by their settings, and the units measured there; the quick ones first."""
 

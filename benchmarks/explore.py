@@ -2,8 +2,8 @@
 
 python benchmarks/explore.py [--quick] [-o FRONT.svg] [--json]
 
-`typebar explore` on the choices that docs/decisions.md argues: columns with the port and the FIFO that feed them, words
-of a register row, depth of the queues; on one device and on four. --quick: the 345M model on four devices alone.
+`typebar explore` on the choices that docs/decisions.md argues: columns and rows of dot units, the port that feeds them,
+words of a register row, depth of the queues; on one device and on four. --quick: the 345M model on four devices alone.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from typebar.host.explore import explore
 from typebar.host.explore_plot import draw
 
 VARY = {
-    "matrix.columns": [8, 16, 32],
+    "matrix.columns": [16, 32],
+    "matrix.rows": [1, 2],
     "matrix.fifo_port_bytes": [2048, 4096],
     "vector.lanes": [16, 32],
-    "control.queue_depth": [16, 32],
+    "control.queue_depth": [32, 64],
 }
 
 

@@ -157,13 +157,15 @@ def _times(cells: Resources, number: int) -> Resources:
 
 def _matrix_terms(machine: Machine) -> Terms:
     matrix = machine.matrix
-    groups = max(machine.fold(1, size) for size in (1, 2, 4))
-    dots, columns = matrix.columns * matrix.rows, matrix.columns * groups
+    whole = max(machine.fold(1, size) for size in (2, 4))  # those of int8 alone have no converters
+    bytes_alone = max(whole, machine.fold(1, 1)) - whole
+    dots = matrix.columns * matrix.rows
     return {
         "unit": 1,
         "lane of a dot unit": dots * matrix.lanes,
         "dot unit": dots,
-        "lane of a weight column": columns * matrix.lanes,
+        "lane of a weight column": matrix.columns * whole * matrix.lanes,
+        "lane of an int8 column": matrix.columns * bytes_alone * matrix.lanes,
         "lane of a vector": matrix.rows * matrix.lanes,
         "word of a register row": machine.vector.lanes,
         "stage of a lane of a dot unit": dots * matrix.lanes * matrix.dot_latency,
