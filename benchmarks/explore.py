@@ -17,6 +17,8 @@ from typebar.host.cli_output import progress
 from typebar.host.explore import explore
 from typebar.host.explore_plot import draw
 
+LIMIT = 0.9
+"""Share of each resource of the chip that a machine may take; `u280` takes 87 % of the UltraRAM."""
 VARY = {
     "matrix.columns": [16, 32],
     "matrix.rows": [1, 2],
@@ -34,7 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     shapes = ["dfx-345m"] if args.quick else ["dfx-345m", "dfx-1.5b"]
     with progress("exploring", args.json) as show:
-        found = explore("u280", VARY, shapes, [4] if args.quick else [1, 4], progress=show)
+        found = explore("u280", VARY, shapes, [4] if args.quick else [1, 4], limit=LIMIT, progress=show)
     if args.output is not None:
         args.output.write_text(draw(found))
     if args.json:
